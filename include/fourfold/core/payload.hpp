@@ -1,0 +1,80 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+/// A tensor held in fewer bytes, its codec forgotten: what the doors and the four places exchange.
+#include <fourfold/core/codec.hpp>
+
+#include <memory>
+#include <optional>
+
+namespace fourfold::inline v0 {
+
+/// Immutable once made, so it may be shared between aliases and read from any thread.
+class Payload {
+ public:
+  virtual ~Payload() = default;
+
+  [[nodiscard]] virtual at::Tensor decompress() const = 0;  ///< dense and contiguous
+  /// Values [begin, end) in row-major order as fp32; CPU payloads only.
+  virtual void decode(std::int64_t begin, std::int64_t end, float* out) const = 0;
+  /// The same codec on other values (a write into a packed parameter); rounds to nearest.
+  [[nodiscard]] virtual std::shared_ptr<const Payload> compress(const at::Tensor& values) const = 0;
+  /// The same codes elsewhere, and with another logical dtype.
+  [[nodiscard]] virtual std::shared_ptr<const Payload> to(at::Device device,
+                                                          at::ScalarType dtype) const = 0;
+
+  [[nodiscard]] virtual at::IntArrayRef sizes() const = 0;
+  [[nodiscard]] virtual at::ScalarType dtype() const = 0;
+  [[nodiscard]] virtual at::Device device() const = 0;
+  [[nodiscard]] virtual std::int64_t nbytes() const = 0;
+  [[nodiscard]] virtual std::string codec() const = 0;  ///< Codec::name()
+  [[nodiscard]] virtual const std::vector<at::Tensor>& buffers() const = 0;
+};
+
+template <Codec C>
+class CodecPayload final : public Payload {
+ public:
+  explicit CodecPayload(typename C::Packed packed) : packed_(std::move(packed)) {}
+
+  [[nodiscard]] const typename C::Packed& packed() const { return packed_; }
+
+  at::Tensor decompress() const override { return C{}.decompress(packed_); }
+  void decode(std::int64_t begin, std::int64_t end, float* out) const override {
+    if constexpr (TileCodec<C>) {
+      C{}.decode(packed_, begin, end, out);
+    } else {
+      TORCH_CHECK(false, C::name(), " cannot be read tile by tile; use decompress() for the whole tensor");
+    }
+  }
+  std::shared_ptr<const Payload> compress(const at::Tensor& values) const override {
+    return std::make_shared<CodecPayload>(C{}.compress(values));
+  }
+  std::shared_ptr<const Payload> to(at::Device device, at::ScalarType dtype) const override {
+    typename C::Packed moved = packed_;
+    for (at::Tensor& buffer : moved.buffers) buffer = buffer.to(device);
+    moved.dtype = dtype;
+    return std::make_shared<CodecPayload>(std::move(moved));
+  }
+
+  at::IntArrayRef sizes() const override { return packed_.sizes; }
+  at::ScalarType dtype() const override { return packed_.dtype; }
+  at::Device device() const override { return packed_.buffers.front().device(); }
+  std::int64_t nbytes() const override { return packed_.nbytes(); }
+  std::string codec() const override { return C::name(); }
+  const std::vector<at::Tensor>& buffers() const override { return packed_.buffers; }
+
+ private:
+  typename C::Packed packed_;
+};
+
+/// `values` held by C, rounded to nearest.
+template <Codec C>
+[[nodiscard]] std::shared_ptr<const Payload> make_payload(const at::Tensor& values) {
+  return std::make_shared<CodecPayload<C>>(C{}.compress(values));
+}
+/// `values` held by C, rounded stochastically.
+template <StochasticCodec C>
+[[nodiscard]] std::shared_ptr<const Payload> make_payload(const at::Tensor& values, Key key) {
+  return std::make_shared<CodecPayload<C>>(C{}.compress(values, key));
+}
+
+}  // namespace fourfold::inline v0

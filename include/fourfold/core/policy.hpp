@@ -1,0 +1,27 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+/// What a CompressionPipeline is composed of: types that answer one question each, found by role.
+#include <concepts>
+#include <string_view>
+
+namespace fourfold::inline v0 {
+
+enum class Role { kWeights, kActivations, kRecompute, kBlocks, kOptimizerStates };
+
+constexpr std::string_view name(Role role) {
+  switch (role) {
+    case Role::kWeights: return "Weights";
+    case Role::kActivations: return "Activations";
+    case Role::kRecompute: return "Recompute";
+    case Role::kBlocks: return "Blocks";
+    case Role::kOptimizerStates: return "OptimizerStates";
+  }
+  return "?";
+}
+
+template <class P>
+concept Policy = requires {
+  { P::role } -> std::convertible_to<Role>;
+};
+
+}  // namespace fourfold::inline v0
