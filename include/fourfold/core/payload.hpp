@@ -27,6 +27,8 @@ class Payload {
   [[nodiscard]] virtual at::Device device() const = 0;
   [[nodiscard]] virtual std::int64_t nbytes() const = 0;
   [[nodiscard]] virtual std::string codec() const = 0;  ///< Codec::name()
+  /// Whether the tensor is buffers()[0] times buffers()[1], both trainable (LowRank).
+  [[nodiscard]] virtual bool factorised() const = 0;
   [[nodiscard]] virtual const std::vector<at::Tensor>& buffers() const = 0;
 };
 
@@ -60,6 +62,7 @@ class CodecPayload final : public Payload {
   at::Device device() const override { return packed_.buffers.front().device(); }
   std::int64_t nbytes() const override { return packed_.nbytes(); }
   std::string codec() const override { return C::name(); }
+  bool factorised() const override { return requires { C::kFactorised; }; }
   const std::vector<at::Tensor>& buffers() const override { return packed_.buffers; }
 
  private:
