@@ -1,43 +1,90 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
-/// Door one: what autograd saves. INTERFACE SKETCH, being implemented.
+/// Door one: what autograd saves for backward.
+///
+/// LibTorch asks its engine, once for each tensor that a graph node saves, for a pair of hooks
+/// (SavedVariable::get_default_hooks in torch/csrc/autograd/saved_variable.cpp). We install an
+/// engine that answers with the packer of the innermost scope open on the asking thread; for
+/// everything else it is LibTorch's own. It is installed when the first scope opens and never
+/// destroyed, since graphs and device threads outlive every scope.
+///
+/// Hooks switch LibTorch's check of versions off. Ours check it for every packer, copies included:
+/// what is an error in plain LibTorch ("... modified by an inplace operation ...") is that error
+/// here.
+///
+/// Packers never meet: undefined tensors, inference tensors (LibTorch refuses to save them) and
+/// wrapped numbers (LibTorch keeps them). They do meet integer, bool, complex, sparse, quantised,
+/// nested, meta, zero-dimensional and empty tensors, and keep what they cannot pack.
 #include <ATen/core/Tensor.h>
+#include <fourfold/torch/saved_tensors_engine.hpp>  // Saved, SavedTensors
 
+#include <cstdint>
 #include <memory>
+#include <thread>
 
 namespace fourfold::door {
 
-/// One saved tensor, as a SavedTensors holds it. Lives as long as the graph node that saved it.
-class Saved {
+/// While it lives, `packer` gets what autograd saves on this thread; the innermost scope wins.
+/// Passes through (LibTorch saves as it always does) during backward and where gradients are off,
+/// unless `in_backward`; a scope that passes through still hides those around it.
+///
+/// Errors: a null packer; a packer whose scope is open on this thread already, unless
+/// `in_backward`; an engine of somebody else's in this process (PythonEngine, another version of
+/// this library). Left out of order, it goes and the scopes inside it stay, with a warning. Left on
+/// another thread, it goes as soon as its own thread looks for a scope, with a warning. Destructors
+/// never throw.
+class [[nodiscard]] SavedTensorsScope {
  public:
-  virtual ~Saved() = default;
-  /// The tensor as it was saved: sizes, strides, dtype, device. Called any number of times
-  /// (retain_graph, double backward), on any thread, needing no thread-local state.
-  [[nodiscard]] virtual at::Tensor unpack() = 0;
+  explicit SavedTensorsScope(std::shared_ptr<SavedTensors> packer, bool in_backward = false)
+      : engine_(detail::saved_tensors_engine()) {
+    TORCH_CHECK(packer != nullptr,
+                "SavedTensorsScope: got no packer; give it one, or open no scope at all");
+    scope_ = engine_.open(std::move(packer), in_backward);
+  }
+  ~SavedTensorsScope() { engine_.close(scope_); }
+  SavedTensorsScope(const SavedTensorsScope&) = delete;
+  SavedTensorsScope& operator=(const SavedTensorsScope&) = delete;
+
+  /// Tensors that this scope's packer was given so far.
+  [[nodiscard]] std::int64_t packed() const {
+    return scope_->packed.load(std::memory_order_relaxed);
+  }
+  /// Tensors that autograd saved past this scope: during backward, or beneath no gradient.
+  [[nodiscard]] std::int64_t passed() const {
+    return scope_->passed.load(std::memory_order_relaxed);
+  }
+
+ private:
+  detail::SavedTensorsEngine& engine_;
+  std::shared_ptr<detail::OpenScope> scope_;
 };
 
-/// What a scope does with the tensors that autograd saves on its thread.
-class SavedTensors {
- public:
-  virtual ~SavedTensors() = default;
-  /// Under NoGrad, once for each saved tensor; `tensor` is detached from the graph already.
-  [[nodiscard]] virtual std::shared_ptr<Saved> pack(const at::Tensor& tensor) = 0;
-  /// What else must be on while tensors are packed (the operators' tape); held during a recompute.
-  [[nodiscard]] virtual std::shared_ptr<void> activate() { return nullptr; }
-};
+/// The innermost packer of this thread, or null; also where it passes through just now.
+inline std::shared_ptr<SavedTensors> current_saved_tensors() {
+  detail::SavedTensorsEngine* engine = detail::installed_saved_tensors_engine();
+  const std::shared_ptr<detail::OpenScope> scope = engine ? engine->innermost() : nullptr;
+  return scope ? scope->packer : nullptr;
+}
 
-/// While it lives, `packer` gets what autograd saves on this thread; the innermost scope wins. Passes
-/// through during backward and where gradients are off, unless `in_backward`.
-class SavedTensorsScope {
- public:
-  explicit SavedTensorsScope(std::shared_ptr<SavedTensors> packer, bool in_backward = false);
-  ~SavedTensorsScope();
-};
+/// The packer that a tensor saved on this thread would be given now, or null.
+inline std::shared_ptr<SavedTensors> active_saved_tensors() {
+  detail::SavedTensorsEngine* engine = detail::installed_saved_tensors_engine();
+  const std::shared_ptr<detail::OpenScope> scope = engine ? engine->innermost() : nullptr;
+  return scope && !scope->passes_through() ? scope->packer : nullptr;
+}
 
-/// The innermost packer of this thread, or null.
-std::shared_ptr<SavedTensors> current_saved_tensors();
+/// Tensors saved in this process, since it began, on threads that had no scope while another thread
+/// had one: what a report names when a forward ran on the wrong thread.
+inline std::int64_t tensors_saved_outside_scopes() {
+  detail::SavedTensorsEngine* engine = detail::installed_saved_tensors_engine();
+  return engine ? engine->outside() : 0;
+}
 
 /// A detached reference that remembers the version and compares it on unpack, in LibTorch's words.
-std::shared_ptr<Saved> saved_reference(const at::Tensor& tensor);
+/// An undefined tensor comes back undefined; an inference tensor has no version and comes back as
+/// is.
+inline std::shared_ptr<Saved> saved_reference(const at::Tensor& tensor) {
+  return std::make_shared<detail::SavedReference>(tensor);
+}
 
 }  // namespace fourfold::door
