@@ -1,0 +1,67 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+/// Products with a packed weight that never exists dense. Plain compute: nothing here is recorded
+/// by autograd; the parameters' door makes it differentiable (each of the two products is the
+/// other's gradient with respect to x).
+///
+/// Rows of the weight are decoded a rectangle at a time, at most 1 MiB a thread. Sums are taken in
+/// fp32 (fp64 for an fp64 x), the result has x's dtype, and it is the same on any number of
+/// threads. A factorised payload is multiplied by its two factors. On a GPU the weight is
+/// decompressed for the duration of the call.
+#include <ATen/ops/matmul.h>
+#include <fourfold/core/payload.hpp>
+#include <fourfold/weights/detail/packed_matmul_tiles.hpp>
+
+#include <vector>
+
+namespace fourfold::inline v0 {
+namespace detail {
+
+inline at::Tensor packed_product(const char* what, const at::Tensor& x, const Payload& weight,
+                                 bool transposed) {
+  const at::IntArrayRef sizes = weight.sizes();
+  TORCH_CHECK(sizes.size() == 2, what, " multiplies by a packed matrix, but the weight has sizes ",
+              sizes, "; flatten it to 2 dimensions before it is packed, or decompress it");
+  TORCH_CHECK(x.defined() && at::isFloatingType(x.scalar_type()), what,
+              " takes an fp32, fp64, bf16 or fp16 tensor, got ",
+              x.defined() ? c10::toString(x.scalar_type()) : "an undefined one",
+              "; convert it with to()");
+  const std::int64_t summed = sizes[transposed ? 1 : 0], free = sizes[transposed ? 0 : 1];
+  TORCH_CHECK(x.dim() >= 1 && x.size(-1) == summed, what, ": the last size of x must be ", summed,
+              " for a packed weight of sizes ", sizes, ", but x has sizes ", x.sizes());
+  TORCH_CHECK(x.device() == weight.device(), what, ": x is on ", x.device(),
+              " and the packed weight on ", weight.device(), "; move one of them with to()");
+  const PlainArithmetic plain;
+  const at::Tensor values = x.detach();
+  if (weight.factorised()) {
+    const at::Tensor left = weight.buffers()[0].detach().to(x.scalar_type());
+    const at::Tensor right = weight.buffers()[1].detach().to(x.scalar_type());
+    return transposed ? at::matmul(at::matmul(values, right.t()), left.t())
+                      : at::matmul(at::matmul(values, left), right);
+  }
+  if (!x.device().is_cpu()) {  // where kernels of fourfold::cuda will take over
+    const at::Tensor dense = weight.decompress().to(x.scalar_type());
+    return at::matmul(values, transposed ? dense.t() : dense);
+  }
+  std::vector<std::int64_t> out_sizes = x.sizes().vec();
+  out_sizes.back() = free;
+  const std::int64_t rows = c10::multiply_integers(x.sizes().slice(0, x.dim() - 1));
+  if (rows == 0 || free == 0 || summed == 0) return at::zeros(out_sizes, x.options());
+  const at::Tensor out = at::empty({rows, free}, x.options());
+  multiply_tiles(values.reshape({rows, summed}), weight, transposed, out);
+  return out.view(out_sizes);
+}
+
+}  // namespace detail
+
+/// x W^T: x (..., K), weight (N, K) -> (..., N).
+[[nodiscard]] inline at::Tensor packed_linear(const at::Tensor& x, const Payload& weight) {
+  return detail::packed_product("packed_linear", x, weight, /*transposed=*/true);
+}
+
+/// x W: x (..., N), weight (N, K) -> (..., K). Also packed_linear's gradient with respect to x.
+[[nodiscard]] inline at::Tensor packed_matmul(const at::Tensor& x, const Payload& weight) {
+  return detail::packed_product("packed_matmul", x, weight, /*transposed=*/false);
+}
+
+}  // namespace fourfold::inline v0
