@@ -20,14 +20,14 @@ void train_step(benchmark::State& state) {
   models::Transformer model(options);
   auto pipeline = Pipeline(model);
   auto optimizer = pipeline.optimizer(torch::optim::AdamWOptions(1e-4));
-  const auto tokens = torch::randint(options.vocabulary, {kBatch, options.context + 1}, torch::kLong);
+  const auto tokens =
+      torch::randint(options.vocabulary, {kBatch, options.context + 1}, torch::kLong);
   const auto input = tokens.slice(1, 0, options.context).contiguous();
   const auto target = tokens.slice(1, 1).contiguous().flatten();
   const auto step = [&] {
     optimizer->zero_grad();
-    auto loss = pipeline.forward([&] {
-      return torch::nn::functional::cross_entropy(model(input).flatten(0, 1), target);
-    });
+    auto loss = pipeline.forward(
+        [&] { return torch::nn::functional::cross_entropy(model(input).flatten(0, 1), target); });
     loss.backward();
     optimizer->step();
   };

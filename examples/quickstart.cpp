@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 /// A user's own module and loop; two lines are ours.
-#include <fourfold/fourfold.hpp>
 #include <torch/torch.h>
+#include <fourfold/fourfold.hpp>
 
 #include <iostream>
 
@@ -25,7 +25,8 @@ int main() {
   auto target = x.slice(1, 0, 10).argmax(1);
   for (int step = 0; step < 30; ++step) {
     optimizer->zero_grad();
-    auto loss = pipeline.forward([&] { return torch::cross_entropy_loss(model->forward(x), target); });
+    auto loss =
+        pipeline.forward([&] { return torch::cross_entropy_loss(model->forward(x), target); });
     loss.backward();
     optimizer->step();
     if (step % 10 == 9) std::cout << "step " << step + 1 << "  loss " << loss.item<float>() << '\n';

@@ -1,19 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0
 /// A byte-level language model on real text, trained under one pipeline or compared under four.
 ///   train_lm --pipeline balanced --steps 80          one run, its figures as JSON with --json FILE
-///   train_lm --compare --json out.json               none, exact, balanced, smallest in fresh processes
+///   train_lm --compare --json out.json               none, exact, balanced, smallest in fresh
+///   processes
 #include <fourfold/fourfold.hpp>
 
 #include "models/corpus.hpp"
 #include "models/transformer.hpp"
 
-#include <CLI/CLI.hpp>
-#include <nlohmann/json.hpp>
 #include <spawn.h>
 #include <sys/wait.h>
 #include <torch/nn/functional/loss.h>
 #include <torch/utils.h>
 #include <unistd.h>
+#include <CLI/CLI.hpp>
+#include <nlohmann/json.hpp>
 
 #include <chrono>
 #include <cstdio>
@@ -177,7 +178,8 @@ int run(int argc, char** argv) {
   Settings settings;
   CLI::App app{"Train a byte-level language model in a fraction of its memory"};
   app.add_option("--pipeline", settings.pipeline, "none, exact, balanced or smallest");
-  app.add_flag("--compare", settings.compare, "run all four in fresh processes and print one table");
+  app.add_flag("--compare", settings.compare,
+               "run all four in fresh processes and print one table");
   app.add_option("--data", settings.data, "a text file, or a folder whose headers are the text");
   app.add_option("--json", settings.json, "where to write the figures");
   app.add_option("--steps", settings.steps)->check(CLI::PositiveNumber);
@@ -203,11 +205,13 @@ int run(int argc, char** argv) {
     for (int i = 1; i < argc; ++i) {
       const std::string argument = argv[i];
       if (argument == "--compare") continue;
-      if (argument == "--json" || argument == "--pipeline") ++i;
+      if (argument == "--json" || argument == "--pipeline")
+        ++i;
       else if (argument.rfind("--json=", 0) != 0 && argument.rfind("--pipeline=", 0) != 0)
         arguments.push_back(argument);
     }
-    for (const char* pipeline : kPipelines) runs.push_back(run_in_child(argv[0], arguments, pipeline));
+    for (const char* pipeline : kPipelines)
+      runs.push_back(run_in_child(argv[0], arguments, pipeline));
     print_table(runs);
   }
   write_json(settings.json, runs, settings);

@@ -24,7 +24,8 @@ inline std::string read_text(const std::filesystem::path& path, std::size_t limi
   if (fs::is_directory(path)) {
     files.clear();
     for (const auto& entry : fs::recursive_directory_iterator(path))
-      if (entry.is_regular_file() && entry.path().extension() == ".h") files.push_back(entry.path());
+      if (entry.is_regular_file() && entry.path().extension() == ".h")
+        files.push_back(entry.path());
     std::sort(files.begin(), files.end());
   }
   std::string text;
@@ -46,8 +47,8 @@ class Corpus {
     const std::string text = read_text(path);
     const std::int64_t n = static_cast<std::int64_t>(text.size());
     const std::int64_t held_out = std::max(n / 20, batch * (context + 1));
-    TORCH_CHECK(n >= 2 * held_out, "the corpus ", path.string(), " holds ", n, " bytes, but ", batch,
-                " windows of ", context, " bytes to train on and as many to validate need ",
+    TORCH_CHECK(n >= 2 * held_out, "the corpus ", path.string(), " holds ", n, " bytes, but ",
+                batch, " windows of ", context, " bytes to train on and as many to validate need ",
                 2 * held_out, "; give a longer text or a smaller --batch or --context");
     bytes_ = torch::empty({n}, torch::kByte);
     std::memcpy(bytes_.data_ptr<std::uint8_t>(), text.data(), text.size());

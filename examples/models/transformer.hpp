@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
-/// A causal transformer as a LibTorch user would write it: pre-norm blocks, fused attention, a linear
-/// head. All that it knows of fourfold is block(), which names what a pipeline may recompute and is a
-/// plain call under any other. examples/train_lm and bench/train_step share it.
+/// A causal transformer as a LibTorch user would write it: pre-norm blocks, fused attention, a
+/// linear head. All that it knows of fourfold is block(), which names what a pipeline may recompute
+/// and is a plain call under any other. examples/train_lm and bench/train_step share it.
 #include <fourfold/activations/blocks.hpp>
 
 #include <torch/nn.h>
@@ -63,7 +63,8 @@ TORCH_MODULE(Block);
 class TransformerImpl : public torch::nn::Module {
  public:
   explicit TransformerImpl(const TransformerOptions& options) {
-    using torch::nn::Embedding, torch::nn::LayerNorm, torch::nn::LayerNormOptions, torch::nn::Linear;
+    using torch::nn::Embedding, torch::nn::LayerNorm, torch::nn::LayerNormOptions,
+        torch::nn::Linear;
     token_ = register_module("token", Embedding(options.vocabulary, options.width));
     position_ = register_module("position", Embedding(options.context, options.width));
     blocks_ = register_module("blocks", torch::nn::ModuleList());

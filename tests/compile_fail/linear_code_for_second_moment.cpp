@@ -6,5 +6,5 @@ using fourfold::Companded, fourfold::Softsign, fourfold::Sqrt;
 template class fourfold::optim::AdamW<Companded<8, Softsign>, fourfold::Int8>;
 // EXPECT: use Companded<8, Sqrt>
 #else
-template class fourfold::optim::AdamW<Companded<8, Softsign>, Companded<8, Sqrt>>;
+template class fourfold::optim::AdamW<Companded<8, Softsign>, Companded<8, Sqrt> >;
 #endif

@@ -2,11 +2,12 @@
 #pragma once
 /// What it means to be a codec: the vocabulary that every other folder speaks.
 ///
-/// A codec is a small value type without state. `compress` rounds to nearest, `compress(values, key)`
-/// rounds stochastically and unbiased, `decompress` gives back sizes and dtype as they came. Values
-/// are taken in row-major order whatever their strides. A nearest `compress` refuses NaN and Inf by a
-/// message naming the first one's index; a stochastic one carries them through (what they share a
-/// scale with becomes NaN), so that a loss scaler sees them. Neither ever makes them finite.
+/// A codec is a small value type without state. `compress` rounds to nearest, `compress(values,
+/// key)` rounds stochastically and unbiased, `decompress` gives back sizes and dtype as they came.
+/// Values are taken in row-major order whatever their strides. A nearest `compress` refuses NaN and
+/// Inf by a message naming the first one's index; a stochastic one carries them through (what they
+/// share a scale with becomes NaN), so that a loss scaler sees them. Neither ever makes them
+/// finite.
 #include <ATen/core/Tensor.h>
 #include <fourfold/core/random.hpp>  // Key
 
@@ -42,9 +43,13 @@ concept Codec = std::default_initializable<C> &&
     requires(const C& codec, const at::Tensor& values, const typename C::Packed& packed) {
   { codec.compress(values) } -> std::same_as<typename C::Packed>;
   { codec.decompress(packed) } -> std::same_as<at::Tensor>;
-  { codec.error_bound(values) } -> std::same_as<at::Tensor>;  // elementwise, of compress; zeros if lossless
+  {
+    codec.error_bound(values)
+    } -> std::same_as<at::Tensor>;  // elementwise, of compress; zeros if lossless
   { packed.nbytes() } -> std::convertible_to<std::int64_t>;
-  { C::name() } -> std::convertible_to<std::string>;  // "Int4": in reports, messages and saved files
+  {
+    C::name()
+    } -> std::convertible_to<std::string>;  // "Int4": in reports, messages and saved files
 };
 
 /// Unbiased: the mean of decompress(compress(values, key)) over keys is `values`. The bound is one
@@ -54,11 +59,11 @@ concept StochasticCodec = Codec<C> && requires(const C& codec, const at::Tensor&
   { codec.compress(values, key) } -> std::same_as<typename C::Packed>;
 };
 
-/// Can be read a piece at a time: values [begin, end) in row-major order, as fp32, on a CPU. Kernels
-/// that read codes tile by tile ask for this, so nothing ever holds a dense copy.
+/// Can be read a piece at a time: values [begin, end) in row-major order, as fp32, on a CPU.
+/// Kernels that read codes tile by tile ask for this, so nothing ever holds a dense copy.
 template <class C>
-concept TileCodec = Codec<C> && requires(const C& codec, const typename C::Packed& packed,
-                                         std::int64_t index, float* out) {
+concept TileCodec = Codec<C> &&
+    requires(const C& codec, const typename C::Packed& packed, std::int64_t index, float* out) {
   codec.decode(packed, /*begin=*/index, /*end=*/index, out);
 };
 

@@ -44,7 +44,8 @@ class CodecPayload final : public Payload {
     if constexpr (TileCodec<C>) {
       C{}.decode(packed_, begin, end, out);
     } else {
-      TORCH_CHECK(false, C::name(), " cannot be read tile by tile; use decompress() for the whole tensor");
+      TORCH_CHECK(false, C::name(),
+                  " cannot be read tile by tile; use decompress() for the whole tensor");
     }
   }
   std::shared_ptr<const Payload> compress(const at::Tensor& values) const override {
@@ -62,7 +63,9 @@ class CodecPayload final : public Payload {
   at::Device device() const override { return packed_.buffers.front().device(); }
   std::int64_t nbytes() const override { return packed_.nbytes(); }
   std::string codec() const override { return C::name(); }
-  bool factorised() const override { return requires { C::kFactorised; }; }
+  bool factorised() const override {
+    return requires { C::kFactorised; };
+  }
   const std::vector<at::Tensor>& buffers() const override { return packed_.buffers; }
 
  private:

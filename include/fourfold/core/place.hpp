@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
-/// Where a training program's memory lives. Whoever allocates for a place says so with a PlaceGuard;
-/// the counting allocator reads it, so that the ledger can tell whose bytes stood at the peak.
+/// Where a training program's memory lives. Whoever allocates for a place says so with a
+/// PlaceGuard; the counting allocator reads it, so that the ledger can tell whose bytes stood at
+/// the peak.
 #include <array>
 #include <cstdint>
 #include <string_view>
@@ -12,8 +13,8 @@ enum class Place : std::uint8_t { kOther, kWeights, kGradients, kOptimizer, kAct
 inline constexpr std::size_t kPlaces = 5;
 
 constexpr std::string_view name(Place place) {
-  constexpr std::array<std::string_view, kPlaces> names{"other", "weights", "gradients", "optimizer",
-                                                        "activations"};
+  constexpr std::array<std::string_view, kPlaces> names{"other", "weights", "gradients",
+                                                        "optimizer", "activations"};
   return names[static_cast<std::size_t>(place)];
 }
 

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
-/// Counter-based random numbers: what a value draws depends on its index and its tensor's Key alone,
-/// never on the thread, the device or the order. Philox4x32-10 of Salmon et al., "Parallel random
-/// numbers: as easy as 1, 2, 3" (SC 2011, section 4): 128 random bits from a 128-bit counter.
+/// Counter-based random numbers: what a value draws depends on its index and its tensor's Key
+/// alone, never on the thread, the device or the order. Philox4x32-10 of Salmon et al., "Parallel
+/// random numbers: as easy as 1, 2, 3" (SC 2011, section 4): 128 random bits from a 128-bit
+/// counter.
 #include <fourfold/core/host_device.hpp>
 
 #include <array>
@@ -38,11 +39,13 @@ FOURFOLD_HOST_DEVICE constexpr PhiloxStream philox_stream(const Key& key) {
   return {mix(mix(key.seed) ^ key.storage), mix(mix(key.step) ^ key.forward)};
 }
 
-/// Block `index` of a stream: four 32-bit words. Eight values share a block, 16 bits each, when they
-/// are rounded stochastically: value i draws bits (i % 8) of block i / 8, low half-words first.
+/// Block `index` of a stream: four 32-bit words. Eight values share a block, 16 bits each, when
+/// they are rounded stochastically: value i draws bits (i % 8) of block i / 8, low half-words
+/// first.
 FOURFOLD_HOST_DEVICE constexpr std::array<std::uint32_t, 4> philox(const PhiloxStream& stream,
                                                                    std::uint64_t index) {
-  std::uint32_t c0 = static_cast<std::uint32_t>(index), c1 = static_cast<std::uint32_t>(index >> 32);
+  std::uint32_t c0 = static_cast<std::uint32_t>(index),
+                c1 = static_cast<std::uint32_t>(index >> 32);
   std::uint32_t c2 = static_cast<std::uint32_t>(stream.high);
   std::uint32_t c3 = static_cast<std::uint32_t>(stream.high >> 32);
   std::uint32_t k0 = static_cast<std::uint32_t>(stream.key);
