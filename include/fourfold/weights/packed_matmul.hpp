@@ -8,7 +8,10 @@
 /// fp32 (fp64 for an fp64 x), the result has x's dtype, and it is the same on any number of
 /// threads. A factorised payload is multiplied by its two factors. On a GPU the weight is
 /// decompressed for the duration of the call.
+#include <ATen/ops/empty.h>
 #include <ATen/ops/matmul.h>
+#include <ATen/ops/zeros.h>
+#include <fourfold/core/isa.hpp>
 #include <fourfold/core/payload.hpp>
 #include <fourfold/weights/detail/packed_matmul_tiles.hpp>
 
@@ -18,7 +21,7 @@ namespace fourfold::inline v0 {
 namespace detail {
 
 inline at::Tensor packed_product(const char* what, const at::Tensor& x, const Payload& weight,
-                                 bool transposed) {
+                                 bool transposed, Isa isa) {
   const at::IntArrayRef sizes = weight.sizes();
   TORCH_CHECK(sizes.size() == 2, what, " multiplies by a packed matrix, but the weight has sizes ",
               sizes, "; flatten it to 2 dimensions before it is packed, or decompress it");
@@ -48,7 +51,12 @@ inline at::Tensor packed_product(const char* what, const at::Tensor& x, const Pa
   const std::int64_t rows = c10::multiply_integers(x.sizes().slice(0, x.dim() - 1));
   if (rows == 0 || free == 0 || summed == 0) return at::zeros(out_sizes, x.options());
   const at::Tensor out = at::empty({rows, free}, x.options());
-  multiply_tiles(values.reshape({rows, summed}), weight, transposed, out);
+  const at::Tensor matrix = values.reshape({rows, summed}).contiguous();
+  if (x.scalar_type() == at::kDouble) {
+    multiply_tiles<double>(isa, matrix, weight, transposed, out);
+  } else {
+    multiply_tiles<float>(isa, matrix, weight, transposed, out);
+  }
   return out.view(out_sizes);
 }
 
@@ -56,12 +64,12 @@ inline at::Tensor packed_product(const char* what, const at::Tensor& x, const Pa
 
 /// x W^T: x (..., K), weight (N, K) -> (..., N).
 [[nodiscard]] inline at::Tensor packed_linear(const at::Tensor& x, const Payload& weight) {
-  return detail::packed_product("packed_linear", x, weight, /*transposed=*/true);
+  return detail::packed_product("packed_linear", x, weight, /*transposed=*/true, isa());
 }
 
 /// x W: x (..., N), weight (N, K) -> (..., K). Also packed_linear's gradient with respect to x.
 [[nodiscard]] inline at::Tensor packed_matmul(const at::Tensor& x, const Payload& weight) {
-  return detail::packed_product("packed_matmul", x, weight, /*transposed=*/false);
+  return detail::packed_product("packed_matmul", x, weight, /*transposed=*/false, isa());
 }
 
 }  // namespace fourfold::inline v0
