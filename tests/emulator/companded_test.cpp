@@ -12,7 +12,8 @@ using namespace fourfold;
 
 template <class Curve>
 class EmulatedCompanded : public testing::Test {};
-TYPED_TEST_SUITE(EmulatedCompanded, (testing::Types<Softsign, Sqrt>));
+using Curves = testing::Types<Softsign, Sqrt>;
+TYPED_TEST_SUITE(EmulatedCompanded, Curves);
 
 TYPED_TEST(EmulatedCompanded, CodesScalesAndValuesEqualThePlainLoops) {
   using Curve = TypeParam;
