@@ -13,15 +13,16 @@
 #include <ATen/ops/zeros.h>
 #include <fourfold/core/isa.hpp>
 #include <fourfold/core/payload.hpp>
+#include <fourfold/weights/detail/packed_matmul_rows.hpp>
 #include <fourfold/weights/detail/packed_matmul_tiles.hpp>
 
 #include <vector>
 
 namespace fourfold::inline v0 {
-namespace detail {
+namespace detail::packed {
 
-inline at::Tensor packed_product(const char* what, const at::Tensor& x, const Payload& weight,
-                                 bool transposed, Isa isa) {
+inline at::Tensor product(const char* what, const at::Tensor& x, const Payload& weight,
+                          bool transposed, Isa isa) {
   const at::IntArrayRef sizes = weight.sizes();
   TORCH_CHECK(sizes.size() == 2, what, " multiplies by a packed matrix, but the weight has sizes ",
               sizes, "; flatten it to 2 dimensions before it is packed, or decompress it");
@@ -52,7 +53,10 @@ inline at::Tensor packed_product(const char* what, const at::Tensor& x, const Pa
   if (rows == 0 || free == 0 || summed == 0) return at::zeros(out_sizes, x.options());
   const at::Tensor out = at::empty({rows, free}, x.options());
   const at::Tensor matrix = values.reshape({rows, summed}).contiguous();
-  if (x.scalar_type() == at::kDouble) {
+  if (x.scalar_type() == at::kFloat && rows <= kFewRows) {
+    const auto few = transposed ? multiply_rows_transposed : multiply_rows;
+    few(isa, matrix.const_data_ptr<float>(), rows, weight, out.mutable_data_ptr<float>());
+  } else if (x.scalar_type() == at::kDouble) {
     multiply_tiles<double>(isa, matrix, weight, transposed, out);
   } else {
     multiply_tiles<float>(isa, matrix, weight, transposed, out);
@@ -60,16 +64,16 @@ inline at::Tensor packed_product(const char* what, const at::Tensor& x, const Pa
   return out.view(out_sizes);
 }
 
-}  // namespace detail
+}  // namespace detail::packed
 
 /// x W^T: x (..., K), weight (N, K) -> (..., N).
 [[nodiscard]] inline at::Tensor packed_linear(const at::Tensor& x, const Payload& weight) {
-  return detail::packed_product("packed_linear", x, weight, /*transposed=*/true, isa());
+  return detail::packed::product("packed_linear", x, weight, /*transposed=*/true, isa());
 }
 
 /// x W: x (..., N), weight (N, K) -> (..., K). Also packed_linear's gradient with respect to x.
 [[nodiscard]] inline at::Tensor packed_matmul(const at::Tensor& x, const Payload& weight) {
-  return detail::packed_product("packed_matmul", x, weight, /*transposed=*/false, isa());
+  return detail::packed::product("packed_matmul", x, weight, /*transposed=*/false, isa());
 }
 
 }  // namespace fourfold::inline v0

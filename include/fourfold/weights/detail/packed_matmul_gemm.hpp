@@ -19,7 +19,9 @@
 #include <immintrin.h>
 #endif
 
-namespace fourfold::inline v0::detail {
+namespace fourfold::inline v0::detail::packed {
+
+constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
 inline constexpr std::int64_t kPanel = 32;  // columns of a panel: two AVX-512 registers
 
@@ -127,7 +129,7 @@ void multiply_panels(Isa isa, const T* a, std::int64_t a_stride, const T* b, T* 
                      std::int64_t c_stride, std::int64_t rows, std::int64_t columns,
                      std::int64_t depth, bool accumulate) {
   const PanelKernels<T> kernels = panel_kernels<T>(isa);
-  const std::int64_t strips = (rows + kernels.rows - 1) / kernels.rows;
+  const std::int64_t strips = ceil_div(rows, kernels.rows);
   for (std::int64_t strip = 0; strip < strips; ++strip) {
     const std::int64_t first = rows * strip / strips, last = rows * (strip + 1) / strips;
     const PanelKernel<T> kernel = kernels.by_rows[static_cast<std::size_t>(last - first - 1)];
@@ -148,4 +150,4 @@ void multiply_panels(Isa isa, const T* a, std::int64_t a_stride, const T* b, T* 
   }
 }
 
-}  // namespace fourfold::inline v0::detail
+}  // namespace fourfold::inline v0::detail::packed

@@ -11,7 +11,7 @@
 #include <algorithm>
 #include <cstdint>
 
-namespace fourfold::inline v0::detail {
+namespace fourfold::inline v0::detail::packed {
 
 inline constexpr std::int64_t kPanelRows =
     16;  // rows of the weight that are decoded before a transpose
@@ -141,4 +141,4 @@ void pack_straight(const Payload& weight, std::int64_t first, std::int64_t free,
   }
 }
 
-}  // namespace fourfold::inline v0::detail
+}  // namespace fourfold::inline v0::detail::packed

@@ -14,7 +14,7 @@
 #include <algorithm>
 #include <cstdint>
 
-namespace fourfold::inline v0::detail {
+namespace fourfold::inline v0::detail::packed {
 
 /// Conversions and products in here are arithmetic, not part of anybody's model: no graph, no
 /// autocast, no recorder.
@@ -35,8 +35,6 @@ inline constexpr std::int64_t kTileFree = 256;   // along the dimension that the
 inline constexpr std::int64_t kTileDepth = 512;  // along the dimension that is summed over
 /// Rows of x against one decoded rectangle; decoding it costs as much as multiplying by 20 of them.
 inline constexpr std::int64_t kTileRows = 512;
-
-constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
 /// How wide to cut a dimension of `size` along which the result is divided among threads: whole
 /// panels, 256 at most, in a multiple of four pieces where there are that many panels.
@@ -82,4 +80,4 @@ void multiply_tiles(Isa isa, const at::Tensor& x, const Payload& weight, bool tr
   });
 }
 
-}  // namespace fourfold::inline v0::detail
+}  // namespace fourfold::inline v0::detail::packed

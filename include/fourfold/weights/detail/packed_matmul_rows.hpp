@@ -1,0 +1,240 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+/// The packed product for few rows of x: four rows of the weight are decoded into first-level cache
+/// and used from there at once, without the panels that many rows pay for. Reading codes, not
+/// arithmetic, is what takes time here.
+#include <ATen/Parallel.h>
+#include <fourfold/core/isa.hpp>
+#include <fourfold/core/payload.hpp>
+#include <fourfold/weights/detail/packed_matmul_gemm.hpp>
+#include <fourfold/weights/detail/packed_matmul_pack.hpp>
+
+#include <algorithm>
+#include <array>
+#include <cstdint>
+#include <vector>
+
+namespace fourfold::inline v0::detail::packed {
+
+inline constexpr std::int64_t kRowBlock = 4;       // rows of the weight decoded at once
+inline constexpr std::int64_t kRowColumns = 1024;  // of each, at most: 16 KiB in all
+
+#if defined(__x86_64__)
+/// sums (Rows, 4) += x (Rows, columns) w^T, w (4, columns) with rows `w_stride` apart.
+template <int Rows>
+__attribute__((target("avx512f,avx512dq"))) void dot_block_avx512(
+    const float* x, std::int64_t x_stride, const float* w, std::int64_t w_stride,
+    std::int64_t columns, float* sums) {
+  __m512 sum[Rows][4];
+  for (int i = 0; i < Rows; ++i)
+    for (int j = 0; j < 4; ++j) sum[i][j] = _mm512_setzero_ps();
+  for (std::int64_t k = 0; k < columns; k += 16) {
+    const __mmask16 mask =
+        static_cast<__mmask16>(columns - k >= 16 ? 0xFFFF : (1 << (columns - k)) - 1);
+    __m512 row[4];
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) row[j] = _mm512_maskz_loadu_ps(mask, w + j * w_stride + k);
+#pragma GCC unroll 2
+    for (int i = 0; i < Rows; ++i) {
+      const __m512 value = _mm512_maskz_loadu_ps(mask, x + i * x_stride + k);
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) sum[i][j] = _mm512_fmadd_ps(value, row[j], sum[i][j]);
+    }
+  }
+  for (int i = 0; i < Rows; ++i)
+    for (int j = 0; j < 4; ++j) sums[i * 4 + j] += _mm512_reduce_add_ps(sum[i][j]);
+}
+
+/// out (Rows, columns) += x (Rows, 4) w, w (4, columns).
+template <int Rows>
+__attribute__((target("avx512f,avx512dq"))) void add_block_avx512(
+    const float* x, std::int64_t x_stride, const float* w, std::int64_t w_stride,
+    std::int64_t columns, float* out, std::int64_t out_stride) {
+  __m512 value[Rows][4];
+  for (int i = 0; i < Rows; ++i)
+    for (int j = 0; j < 4; ++j) value[i][j] = _mm512_set1_ps(x[i * x_stride + j]);
+  for (std::int64_t k = 0; k < columns; k += 16) {
+    const __mmask16 mask =
+        static_cast<__mmask16>(columns - k >= 16 ? 0xFFFF : (1 << (columns - k)) - 1);
+    __m512 row[4];
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) row[j] = _mm512_maskz_loadu_ps(mask, w + j * w_stride + k);
+#pragma GCC unroll 2
+    for (int i = 0; i < Rows; ++i) {
+      __m512 sum = _mm512_maskz_loadu_ps(mask, out + i * out_stride + k);
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) sum = _mm512_fmadd_ps(value[i][j], row[j], sum);
+      _mm512_mask_storeu_ps(out + i * out_stride + k, mask, sum);
+    }
+  }
+}
+
+template <int Rows>
+__attribute__((target("avx2,fma"))) void dot_block_avx2(const float* x, std::int64_t x_stride,
+                                                        const float* w, std::int64_t w_stride,
+                                                        std::int64_t columns, float* sums) {
+  __m256 sum[Rows][4];
+  for (int i = 0; i < Rows; ++i)
+    for (int j = 0; j < 4; ++j) sum[i][j] = _mm256_setzero_ps();
+  std::int64_t k = 0;
+  for (; k + 8 <= columns; k += 8) {
+    __m256 row[4];
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) row[j] = _mm256_loadu_ps(w + j * w_stride + k);
+#pragma GCC unroll 2
+    for (int i = 0; i < Rows; ++i) {
+      const __m256 value = _mm256_loadu_ps(x + i * x_stride + k);
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) sum[i][j] = _mm256_fmadd_ps(value, row[j], sum[i][j]);
+    }
+  }
+  for (int i = 0; i < Rows; ++i)
+    for (int j = 0; j < 4; ++j) {
+      alignas(32) float lanes[8];
+      _mm256_store_ps(lanes, sum[i][j]);
+      float total = ((lanes[0] + lanes[4]) + (lanes[1] + lanes[5])) +
+                    ((lanes[2] + lanes[6]) + (lanes[3] + lanes[7]));
+      for (std::int64_t rest = k; rest < columns; ++rest)
+        total += x[i * x_stride + rest] * w[j * w_stride + rest];
+      sums[i * 4 + j] += total;
+    }
+}
+
+template <int Rows>
+__attribute__((target("avx2,fma"))) void add_block_avx2(const float* x, std::int64_t x_stride,
+                                                        const float* w, std::int64_t w_stride,
+                                                        std::int64_t columns, float* out,
+                                                        std::int64_t out_stride) {
+  __m256 value[Rows][4];
+  for (int i = 0; i < Rows; ++i)
+    for (int j = 0; j < 4; ++j) value[i][j] = _mm256_set1_ps(x[i * x_stride + j]);
+  std::int64_t k = 0;
+  for (; k + 8 <= columns; k += 8) {
+    __m256 row[4];
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) row[j] = _mm256_loadu_ps(w + j * w_stride + k);
+#pragma GCC unroll 2
+    for (int i = 0; i < Rows; ++i) {
+      __m256 sum = _mm256_loadu_ps(out + i * out_stride + k);
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) sum = _mm256_fmadd_ps(value[i][j], row[j], sum);
+      _mm256_storeu_ps(out + i * out_stride + k, sum);
+    }
+  }
+  for (; k < columns; ++k)
+    for (int i = 0; i < Rows; ++i)
+      for (int j = 0; j < 4; ++j)
+        out[i * out_stride + k] += x[i * x_stride + j] * w[j * w_stride + k];
+}
+#endif
+
+/// sums (rows, 4) += x (rows, columns) w^T. Rows of w that a last block lacks are read all the
+/// same.
+inline void dot_block([[maybe_unused]] Isa isa, const float* x, std::int64_t x_stride,
+                      std::int64_t rows, const float* w, std::int64_t w_stride,
+                      std::int64_t columns, float* sums) {
+  for (std::int64_t i = 0; i < rows;) {
+    const float* left = x + i * x_stride;
+    const std::int64_t count = std::min<std::int64_t>(2, rows - i);
+    float* to = sums + i * kRowBlock;
+    i += count;
+#if defined(__x86_64__)
+    if (isa != Isa::kScalar) {
+      const auto kernel = isa == Isa::kAvx512
+                              ? (count == 2 ? dot_block_avx512<2> : dot_block_avx512<1>)
+                              : (count == 2 ? dot_block_avx2<2> : dot_block_avx2<1>);
+      kernel(left, x_stride, w, w_stride, columns, to);
+      continue;
+    }
+#endif
+    for (std::int64_t r = 0; r < count; ++r)
+      for (std::int64_t j = 0; j < kRowBlock; ++j)
+        for (std::int64_t k = 0; k < columns; ++k)
+          to[r * kRowBlock + j] += left[r * x_stride + k] * w[j * w_stride + k];
+  }
+}
+
+/// out (rows, columns) += x (rows, 4) w.
+inline void add_block([[maybe_unused]] Isa isa, const float* x, std::int64_t x_stride,
+                      std::int64_t rows, const float* w, std::int64_t w_stride,
+                      std::int64_t columns, float* out, std::int64_t out_stride) {
+  for (std::int64_t i = 0; i < rows;) {
+    const float* left = x + i * x_stride;
+    const std::int64_t count = std::min<std::int64_t>(2, rows - i);
+    float* to = out + i * out_stride;
+    i += count;
+#if defined(__x86_64__)
+    if (isa != Isa::kScalar) {
+      const auto kernel = isa == Isa::kAvx512
+                              ? (count == 2 ? add_block_avx512<2> : add_block_avx512<1>)
+                              : (count == 2 ? add_block_avx2<2> : add_block_avx2<1>);
+      kernel(left, x_stride, w, w_stride, columns, to, out_stride);
+      continue;
+    }
+#endif
+    for (std::int64_t r = 0; r < count; ++r)
+      for (std::int64_t j = 0; j < kRowBlock; ++j)
+        for (std::int64_t k = 0; k < columns; ++k)
+          to[r * out_stride + k] += left[r * x_stride + j] * w[j * w_stride + k];
+  }
+}
+
+/// out (m, n) = x (m, k) W^T, all contiguous fp32, W (n, k) on a CPU.
+inline void multiply_rows_transposed(Isa isa, const float* x, std::int64_t m, const Payload& weight,
+                                     float* out) {
+  const std::int64_t n = weight.sizes()[0], k = weight.sizes()[1];
+  const std::int64_t depth = std::min(kRowColumns, k);
+  // A thread takes what it decodes in some 10 us at least.
+  const std::int64_t grain = std::max<std::int64_t>(1, (1 << 17) / (kRowBlock * k));
+  at::parallel_for(0, ceil_div(n, kRowBlock), grain, [&](std::int64_t begin, std::int64_t end) {
+    std::vector<float> rows(static_cast<std::size_t>(kRowBlock * depth));
+    std::vector<float> sums(static_cast<std::size_t>(kRowBlock * m));
+    for (std::int64_t j = begin * kRowBlock; j < std::min(n, end * kRowBlock); j += kRowBlock) {
+      const std::int64_t count = std::min(kRowBlock, n - j);
+      std::fill(sums.begin(), sums.end(), 0.0F);
+      for (std::int64_t start = 0; start < k; start += depth) {
+        const std::int64_t columns = std::min(depth, k - start);
+        decode_rectangle(weight, j, count, start, columns, rows.data());
+        dot_block(isa, x + start, k, m, rows.data(), columns, columns, sums.data());
+      }
+      for (std::int64_t i = 0; i < m; ++i)
+        std::copy_n(sums.data() + i * kRowBlock, count, out + i * n + j);
+    }
+  });
+}
+
+/// out (m, k) = x (m, n) W, all contiguous fp32, W (n, k) on a CPU.
+inline void multiply_rows(Isa isa, const float* x, std::int64_t m, const Payload& weight,
+                          float* out) {
+  const std::int64_t n = weight.sizes()[0], k = weight.sizes()[1];
+  const std::int64_t width =
+      std::clamp<std::int64_t>(ceil_div(ceil_div(k, 8), kPanel) * kPanel, 128, kRowColumns);
+  const std::int64_t grain = std::max<std::int64_t>(1, (1 << 17) / (n * width));
+  at::parallel_for(0, ceil_div(k, width), grain, [&](std::int64_t begin, std::int64_t end) {
+    std::vector<float> rows(static_cast<std::size_t>(kRowBlock * width));
+    std::array<float, kRowBlock * 16> last{};
+    for (std::int64_t first = begin * width; first < std::min(k, end * width); first += width) {
+      const std::int64_t columns = std::min(width, k - first);
+      for (std::int64_t i = 0; i < m; ++i) std::fill_n(out + i * k + first, columns, 0.0F);
+      for (std::int64_t j = 0; j < n; j += kRowBlock) {
+        const std::int64_t count = std::min(kRowBlock, n - j);
+        decode_rectangle(weight, j, count, first, columns, rows.data());
+        const float* left = x + j;
+        std::int64_t stride = n;
+        if (count < kRowBlock) {  // rows that are not there: zeros of x times zeros
+          std::fill(rows.begin() + count * columns, rows.end(), 0.0F);
+          for (std::int64_t i = 0; i < m; ++i)
+            std::copy_n(x + i * n + j, count, last.data() + i * kRowBlock);
+          left = last.data(), stride = kRowBlock;
+        }
+        add_block(isa, left, stride, m, rows.data(), columns, columns, out + first, k);
+      }
+    }
+  });
+}
+
+/// Rows of x up to which the functions above beat the panels; measured with Int4 and fp32 payloads.
+inline constexpr std::int64_t kFewRows = 8;
+static_assert(kFewRows <= 16, "multiply_rows keeps a last block for 16 rows");
+
+}  // namespace fourfold::inline v0::detail::packed
