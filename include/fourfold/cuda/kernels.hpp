@@ -1,0 +1,57 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+/// What the headers may call of kernels/: one table of C functions, found by a weak symbol, so that
+/// a program without fourfold::cuda links as well and no translation unit differs from another. All
+/// pointers are device pointers; nothing allocates, nothing waits; each returns a cudaError_t, 0
+/// for success, cudaErrorInvalidValue (1) for a format that has no kernel.
+#include <cstdint>
+
+extern "C" {
+
+/// Of values outside of codes.
+enum FourfoldDtype : std::int32_t { kFourfoldFloat = 0, kFourfoldBf16 = 1, kFourfoldHalf = 2 };
+
+/// Of a packed tensor. `kind` 0: integer groups (bits, group, symmetric); 1: NormalFloat of 4 bits
+/// (group); 2: companded by softsign; 3: companded by square root.
+struct FourfoldFormat {
+  std::int32_t kind, bits, group, symmetric;
+};
+
+/// fourfold::Key, or a null pointer for nearest rounding.
+struct FourfoldKey {
+  std::uint64_t seed, step, forward, storage;
+};
+
+struct FourfoldKernels {
+  std::int32_t version;  ///< kFourfoldKernels of the library that was linked
+  /// codes and scales as the format's codec documents them; x (n).
+  int (*compress)(FourfoldFormat, void* codes, void* scales, const void* x, FourfoldDtype,
+                  std::int64_t n, const FourfoldKey*, void* stream);
+  int (*decompress)(FourfoldFormat, void* out, FourfoldDtype, const void* codes, const void* scales,
+                    std::int64_t n, void* stream);
+  /// y (rows_x, rows) = x (rows_x, columns) W^T; transposed: y (rows_x, columns) = x (rows_x, rows)
+  /// W.
+  int (*matmul)(FourfoldFormat, bool transposed, void* y, const void* x, FourfoldDtype,
+                const void* codes, const void* scales, std::int64_t rows_x, std::int64_t rows,
+                std::int64_t columns, void* stream);
+  /// y (rows_x, rows) = x (rows_x, columns) V^T U^T; rank 256 at most.
+  int (*factor_matmul)(void* y, const void* x, const void* left, const void* right, FourfoldDtype,
+                       std::int64_t rows_x, std::int64_t rows, std::int64_t columns,
+                       std::int64_t rank, void* stream);
+};
+
+[[gnu::weak]] const FourfoldKernels* fourfold_kernels();
+
+}  // extern "C"
+
+namespace fourfold::cuda {
+
+inline constexpr std::int32_t kKernelsVersion = 1;
+
+/// The linked kernels, or null: without fourfold::cuda, or with another version of it.
+inline const FourfoldKernels* kernels() {
+  const FourfoldKernels* table = fourfold_kernels != nullptr ? fourfold_kernels() : nullptr;
+  return table != nullptr && table->version == kKernelsVersion ? table : nullptr;
+}
+
+}  // namespace fourfold::cuda

@@ -1,0 +1,48 @@
+// SPDX-License-Identifier: Apache-2.0
+/// The table that include/fourfold/cuda/kernels.hpp declares.
+#include "table.hpp"
+
+namespace {
+
+using namespace fourfold;
+
+cudaStream_t as_stream(void* stream) { return static_cast<cudaStream_t>(stream); }
+
+int compress(FourfoldFormat format, void* codes, void* scales, const void* x, FourfoldDtype dtype,
+             std::int64_t n, const FourfoldKey* key, void* stream) {
+  Key named;
+  if (key != nullptr) named = {key->seed, key->step, key->forward, key->storage};
+  const Key* const noise = key == nullptr ? nullptr : &named;
+  if (format.kind == 0)
+    return cuda::compress_groups(format, codes, scales, x, dtype, n, noise, as_stream(stream));
+  return cuda::compress_companded(format, codes, scales, x, dtype, n, noise, as_stream(stream));
+}
+
+int decompress(FourfoldFormat format, void* out, FourfoldDtype dtype, const void* codes,
+               const void* scales, std::int64_t n, void* stream) {
+  if (format.kind == 0)
+    return cuda::decompress_groups(format, out, dtype, codes, scales, n, as_stream(stream));
+  return cuda::decompress_companded(format, out, dtype, codes, scales, n, as_stream(stream));
+}
+
+int matmul(FourfoldFormat format, bool transposed, void* y, const void* x, FourfoldDtype dtype,
+           const void* codes, const void* scales, std::int64_t rows_x, std::int64_t rows,
+           std::int64_t columns, void* stream) {
+  return cuda::matmul_groups(format, transposed, y, x, dtype, codes, scales, rows_x, rows, columns,
+                             as_stream(stream));
+}
+
+int factor_matmul(void* y, const void* x, const void* left, const void* right, FourfoldDtype dtype,
+                  std::int64_t rows_x, std::int64_t rows, std::int64_t columns, std::int64_t rank,
+                  void* stream) {
+  return cuda::matmul_factors(y, x, left, right, dtype, rows_x, rows, columns, rank,
+                              as_stream(stream));
+}
+
+}  // namespace
+
+extern "C" const FourfoldKernels* fourfold_kernels() {
+  static constexpr FourfoldKernels kTable{cuda::kKernelsVersion, compress, decompress, matmul,
+                                          factor_matmul};
+  return &kTable;
+}
