@@ -41,7 +41,7 @@ int factor_matmul(void* y, const void* x, const void* left, const void* right, F
 
 }  // namespace
 
-extern "C" const FourfoldKernels* fourfold_kernels() {
+extern "C" const FourfoldKernels* fourfold_cuda_kernels() {
   static constexpr FourfoldKernels kTable{cuda::kKernelsVersion, compress, decompress, matmul,
                                           factor_matmul};
   return &kTable;

@@ -40,7 +40,7 @@ struct FourfoldKernels {
                        std::int64_t rank, void* stream);
 };
 
-[[gnu::weak]] const FourfoldKernels* fourfold_kernels();
+[[gnu::weak]] const FourfoldKernels* fourfold_cuda_kernels();
 
 }  // extern "C"
 
@@ -50,7 +50,7 @@ inline constexpr std::int32_t kKernelsVersion = 1;
 
 /// The linked kernels, or null: without fourfold::cuda, or with another version of it.
 inline const FourfoldKernels* kernels() {
-  const FourfoldKernels* table = fourfold_kernels != nullptr ? fourfold_kernels() : nullptr;
+  const FourfoldKernels* table = fourfold_cuda_kernels != nullptr ? fourfold_cuda_kernels() : nullptr;
   return table != nullptr && table->version == kKernelsVersion ? table : nullptr;
 }
 
