@@ -30,24 +30,28 @@ inline at::Tensor rows_of_groups(IntFormat f, const at::Tensor& values) {
 }
 
 /// 16 random bits for each of n values (a multiple of 8), as random_bits16 draws them; int64 (n).
-inline at::Tensor random_bits16_aten(const Key& key, std::int64_t n, const at::Tensor& like) {
+/// Only the low halves of the counter's words count, so they are masked where they are shifted.
+inline at::Tensor random_bits16_aten(const Key& key, std::int64_t n, at::Device device) {
   const PhiloxStream stream = philox_stream(key);
-  const std::int64_t mask = 0xFFFFFFFF;
-  at::Tensor c0 = at::arange(n / 8, like.options().dtype(at::kLong)), c1 = c0.__rshift__(32);
-  c0 = c0 & mask;
-  at::Tensor c2 = at::full_like(c0, static_cast<std::int64_t>(stream.high & mask));
+  const std::int64_t low_half = 0xFFFFFFFF;
+  const auto high_half = [&](const at::Tensor& product) {
+    return product.__rshift__(32).bitwise_and(low_half);
+  };
+  const at::Tensor index = at::arange(n / 8, at::TensorOptions(device).dtype(at::kLong));
+  at::Tensor c0 = index.bitwise_and(low_half), c1 = high_half(index);
+  at::Tensor c2 = at::full_like(c0, static_cast<std::int64_t>(stream.high & low_half));
   at::Tensor c3 = at::full_like(c0, static_cast<std::int64_t>(stream.high >> 32));
-  auto k0 = static_cast<std::uint32_t>(stream.key),
-       k1 = static_cast<std::uint32_t>(stream.key >> 32);
+  auto k0 = static_cast<std::uint32_t>(stream.key);
+  auto k1 = static_cast<std::uint32_t>(stream.key >> 32);
   for (int round = 0; round < 10; ++round) {
-    const at::Tensor a = c0 * std::int64_t{0xD2511F53}, b = c2 * std::int64_t{0xCD9E8D57};
-    c0 = (b.__rshift__(32) & mask) ^ c1 ^ static_cast<std::int64_t>(k0);
-    c2 = (a.__rshift__(32) & mask) ^ c3 ^ static_cast<std::int64_t>(k1);
-    c1 = b & mask, c3 = a & mask;
+    const at::Tensor a = c0.mul(std::int64_t{0xD2511F53}), b = c2.mul(std::int64_t{0xCD9E8D57});
+    c0 = high_half(b).bitwise_xor(c1).bitwise_xor(static_cast<std::int64_t>(k0));
+    c2 = high_half(a).bitwise_xor(c3).bitwise_xor(static_cast<std::int64_t>(k1));
+    c1 = b.bitwise_and(low_half), c3 = a.bitwise_and(low_half);
     k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
   }
   const at::Tensor words = at::stack({c0, c1, c2, c3}, 1).reshape({-1});
-  return at::stack({words & 0xFFFF, words.__rshift__(16)}, 1).reshape({-1});
+  return at::stack({words.bitwise_and(0xFFFF), words.__rshift__(16)}, 1).reshape({-1});
 }
 
 /// {codes uint8, words int32} of `values` (not empty) on any device. Without a key, groups of NaN
@@ -55,8 +59,8 @@ inline at::Tensor random_bits16_aten(const Key& key, std::int64_t n, const at::T
 inline std::vector<at::Tensor> encode_aten(IntFormat f, const at::Tensor& values,
                                            const std::optional<Key>& key) {
   const at::Tensor rows = rows_of_groups(f, values);
-  const at::Tensor poison = (rows * 0).sum(1);
-  const at::Tensor lo = (rows.amin(1) + poison).cpu(), hi = (rows.amax(1) + poison).cpu();
+  const at::Tensor poison = rows.mul(0).sum(1);
+  const at::Tensor lo = rows.amin(1).add(poison).cpu(), hi = rows.amax(1).add(poison).cpu();
   const std::int64_t groups = rows.size(0);
   const auto cpu = at::TensorOptions(at::kCPU);
   at::Tensor words = at::empty({groups}, cpu.dtype(at::kInt));
@@ -71,21 +75,24 @@ inline std::vector<at::Tensor> encode_aten(IntFormat f, const at::Tensor& values
     out[0] = encoder.spread, out[groups] = encoder.offset, out[2 * groups] = encoder.inverse;
   }
   encoders = encoders.to(values.device()).unsqueeze(2);
-  at::Tensor codes = ((rows * encoders[0] + encoders[1]) * encoders[2])
-                         .clamp(encoder.lowest, encoder.highest)
+  at::Tensor codes = rows.mul(encoders[0])
+                         .add(encoders[1])
+                         .mul(encoders[2])
                          .nan_to_num(0.0, 0.0, 0.0)
+                         .clamp(encoder.lowest, encoder.highest)
                          .round()
                          .to(at::kInt)
                          .add_(encoder.zero)
                          .reshape({-1});
-  if (key) codes = (codes + random_bits16_aten(*key, codes.numel(), codes)).__rshift__(16);
+  if (key)
+    codes = codes.add(random_bits16_aten(*key, codes.numel(), codes.device())).__rshift__(16);
   codes = codes.narrow(0, 0, values.numel());
   const std::int64_t per_byte = 8 / f.bits;
   const std::int64_t missing = (per_byte - codes.numel() % per_byte) % per_byte;
   codes = at::constant_pad_nd(codes, {0, missing}).reshape({-1, per_byte});
   at::Tensor bytes = codes.select(1, 0);
   for (std::int64_t i = 1; i < per_byte; ++i)
-    bytes = bytes | codes.select(1, i).__lshift__(i * f.bits);
+    bytes = bytes.bitwise_or(codes.select(1, i).__lshift__(i * f.bits));
   return {bytes.to(at::kByte), words.to(values.device())};
 }
 
@@ -95,24 +102,24 @@ inline at::Tensor decode_aten(IntFormat f, const at::Tensor& codes, const at::Te
   const at::Tensor bytes = codes.to(at::kInt);
   std::vector<at::Tensor> parts;
   for (int bit = 0; bit < 8; bit += f.bits)
-    parts.push_back(bytes.__rshift__(bit) & ((1 << f.bits) - 1));
+    parts.push_back(bytes.__rshift__(bit).bitwise_and((1 << f.bits) - 1));
   at::Tensor steps =
-      (at::stack(parts, 1).reshape({-1}).narrow(0, 0, n) - zero_code(f)).to(at::kFloat);
+      at::stack(parts, 1).reshape({-1}).narrow(0, 0, n).sub(zero_code(f)).to(at::kFloat);
   const std::int64_t missing = (f.group - n % f.group) % f.group;
   steps = at::constant_pad_nd(steps, {0, missing}).reshape({-1, f.group});
   at::Tensor scale = words.view(at::kFloat).unsqueeze(1), minimum = at::zeros_like(scale);
   if (!f.symmetric) {
     scale = words.__lshift__(16).view(at::kFloat).unsqueeze(1);
-    minimum = (words & static_cast<std::int64_t>(-65536)).view(at::kFloat).unsqueeze(1);
+    minimum = words.bitwise_and(-65536).view(at::kFloat).unsqueeze(1);
   }
-  return (steps * scale + minimum).reshape({-1}).narrow(0, 0, n);
+  return steps.mul(scale).add(minimum).reshape({-1}).narrow(0, 0, n);
 }
 
 inline void warn_no_kernels() {
   TORCH_WARN_ONCE(
-      "fourfold packs CUDA tensors by composed ATen operators, which is slow and holds dense "
+      "fourfold packs CUDA tensors by composed ATen operators, which are slow and hold dense "
       "copies "
-      "for a moment, because fourfold::cuda is not linked; link it to use its kernels");
+      "for a moment, since fourfold::cuda is not linked; link it to use its kernels");
 }
 
 /// The two calls that a CUDA tensor comes through.
@@ -124,7 +131,10 @@ inline std::vector<at::Tensor> cuda_compress(IntFormat f, const at::Tensor& valu
 inline at::Tensor cuda_decompress(IntFormat f, const at::Tensor& codes, const at::Tensor& words,
                                   std::int64_t n, at::ScalarType dtype) {
   warn_no_kernels();
-  return decode_aten(f, codes, words, n).to(dtype);
+  at::Tensor values = decode_aten(f, codes, words, n);
+  if (dtype == at::kHalf) values = values.clamp(-65504.0, 65504.0);  // as store_as saturates
+  if (dtype == at::kBFloat16) values = values.clamp(-0x1.FEp127, 0x1.FEp127);
+  return values.to(dtype);
 }
 
 }  // namespace fourfold::inline v0::detail

@@ -3,6 +3,8 @@
 /// Group codes of whole tensors on a CPU: one pass over memory, spread over threads, by the vector
 /// instructions that the processor has. Each group is read for its range, then again, from L1, for
 /// its codes.
+#include <fourfold/codec/detail/group_int_avx2.hpp>
+#include <fourfold/codec/detail/group_int_avx512.hpp>
 #include <fourfold/codec/detail/group_int_scalar.hpp>
 #include <fourfold/core/isa.hpp>
 #include <fourfold/core/parallel.hpp>
@@ -18,36 +20,87 @@ inline constexpr std::int64_t kGroupIntGrain = 1 << 15;
 
 constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
+/// One group of n values, by the instructions of `I`: its word, or kNanWord and codes of 0.
+template <Isa I, class T>
+std::uint32_t encode_one_group(IntFormat f, const T* values, std::int64_t count,
+                               const PhiloxStream* stream, std::int64_t first,
+                               std::uint8_t* codes) {
+  std::uint32_t word = 0;
+#if defined(__x86_64__)
+  if constexpr (I == Isa::kAvx512) word = avx512::word_of(f, values, count);
+  if constexpr (I == Isa::kAvx2) word = avx2::word_of(f, values, count);
+#endif
+  if constexpr (I == Isa::kScalar) word = group_word_scalar(f, values, count);
+  if (word == kNanWord) {
+    std::memset(codes, 0, static_cast<std::size_t>(ceil_div(count * f.bits, 8)));
+    return word;
+  }
+#if defined(__x86_64__)
+  if constexpr (I == Isa::kAvx512)
+    avx512::encode_group(f, word, values, count, stream, first, codes);
+  if constexpr (I == Isa::kAvx2) avx2::encode_group(f, word, values, count, stream, first, codes);
+#endif
+  if constexpr (I == Isa::kScalar)
+    encode_group_scalar(f, word, values, count, stream, first, codes);
+  return word;
+}
+
 /// Codes and words of groups [first, last) of n values. Gives the first group that held a NaN or an
-/// infinity (its word is kNanWord, its codes are 0), or `last`.
-template <class T>
+/// infinity, or `last`.
+template <Isa I, class T>
 std::int64_t encode_groups(IntFormat f, const T* values, std::int64_t n, std::int64_t first,
                            std::int64_t last, const PhiloxStream* stream, std::uint8_t* codes,
-                           std::uint32_t* words, [[maybe_unused]] Isa isa) {
+                           std::uint32_t* words) {
   std::int64_t refused = last;
   for (std::int64_t g = first; g < last; ++g) {
     const std::int64_t begin = g * f.group, count = std::min<std::int64_t>(f.group, n - begin);
-    std::uint8_t* group_codes = codes + begin * f.bits / 8;
-    words[g] = group_word_scalar(f, values + begin, count);
-    if (words[g] == kNanWord) {
-      std::memset(group_codes, 0, static_cast<std::size_t>(ceil_div(count * f.bits, 8)));
-      refused = std::min(refused, g);
-      continue;
-    }
-    encode_group_scalar(f, words[g], values + begin, count, stream, begin, group_codes);
+    words[g] =
+        encode_one_group<I>(f, values + begin, count, stream, begin, codes + begin * f.bits / 8);
+    if (words[g] == kNanWord && refused == last) refused = g;
   }
   return refused;
+}
+
+template <Isa I, int Bits, class T>
+void decode_groups(IntFormat f, const std::uint8_t* codes, const std::uint32_t* words,
+                   std::int64_t begin, std::int64_t end, T* out) {
+  for (std::int64_t i = begin; i < end;) {
+    std::int64_t stop = std::min(end, (i / f.group + 1) * f.group);
+    const std::uint32_t word = words[i / f.group];
+    if (I == Isa::kScalar || i * Bits % 8 != 0) {  // up to the next whole byte
+      if (I != Isa::kScalar) stop = std::min(stop, ceil_div(i * Bits, 8) * 8 / Bits);
+      decode_group_scalar(f, word, codes, i, stop, out + (i - begin));
+    }
+#if defined(__x86_64__)
+    else if constexpr (I == Isa::kAvx512)
+      avx512::decode_group<Bits>(f, word, codes, i, stop, out + (i - begin));
+    else if constexpr (I == Isa::kAvx2)
+      avx2::decode_group<Bits>(f, word, codes, i, stop, out + (i - begin));
+#endif
+    i = stop;
+  }
+}
+
+/// f(std::integral_constant<Isa, I>{}) with I = isa.
+template <class F>
+decltype(auto) visit_isa(Isa isa, F&& f) {
+  switch (isa) {
+    case Isa::kAvx512: return f(std::integral_constant<Isa, Isa::kAvx512>{});
+    case Isa::kAvx2: return f(std::integral_constant<Isa, Isa::kAvx2>{});
+    case Isa::kScalar: break;
+  }
+  return f(std::integral_constant<Isa, Isa::kScalar>{});
 }
 
 /// Values [begin, end), whichever, to out[0 ...].
 template <class T>
 void decode_values(IntFormat f, const std::uint8_t* codes, const std::uint32_t* words,
-                   std::int64_t begin, std::int64_t end, T* out, [[maybe_unused]] Isa isa) {
-  for (std::int64_t i = begin; i < end;) {
-    const std::int64_t stop = std::min(end, (i / f.group + 1) * f.group);
-    decode_group_scalar(f, words[i / f.group], codes, i, stop, out + (i - begin));
-    i = stop;
-  }
+                   std::int64_t begin, std::int64_t end, T* out, Isa isa) {
+  visit_isa(isa, [&](auto i) {
+    if (f.bits == 8) decode_groups<i(), 8>(f, codes, words, begin, end, out);
+    if (f.bits == 4) decode_groups<i(), 4>(f, codes, words, begin, end, out);
+    if (f.bits == 2) decode_groups<i(), 2>(f, codes, words, begin, end, out);
+  });
 }
 
 /// encode_groups of all groups, on all threads.
@@ -56,15 +109,15 @@ std::int64_t encode_all(IntFormat f, const T* values, std::int64_t n, const Phil
                         std::uint8_t* codes, std::uint32_t* words, Isa isa) {
   const std::int64_t groups = ceil_div(n, f.group);
   std::atomic<std::int64_t> refused{groups};
-  parallel_for(
-      0, groups, std::max<std::int64_t>(1, kGroupIntGrain / f.group),
-      [&](std::int64_t first, std::int64_t last) {
-        const std::int64_t found =
-            encode_groups(f, values, n, first, last, stream, codes, words, isa);
-        std::int64_t before = refused.load();
-        while (found < last && found < before && !refused.compare_exchange_weak(before, found)) {
-        }
-      });
+  const auto piece = [&](std::int64_t first, std::int64_t last) {
+    const std::int64_t found = visit_isa(isa, [&](auto i) {
+      return encode_groups<i()>(f, values, n, first, last, stream, codes, words);
+    });
+    std::int64_t before = refused.load();
+    while (found < last && found < before && !refused.compare_exchange_weak(before, found)) {
+    }
+  };
+  parallel_for(0, groups, std::max<std::int64_t>(1, kGroupIntGrain / f.group), piece);
   return refused;
 }
 

@@ -1,0 +1,222 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+/// Group codes with AVX-512: 64 values a turn. Every operation is the scalar truth's own
+/// (int_code.hpp), sixteen at once, so the codes are the same.
+#if defined(__x86_64__)
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
+#include <immintrin.h>
+#include <fourfold/codec/int_code.hpp>
+#include <fourfold/core/random.hpp>
+
+#include <algorithm>
+#include <cstdint>
+
+#define FOURFOLD_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c,avx2")))
+
+namespace fourfold::inline v0::detail::avx512 {
+
+/// Which of 16 lanes hold values, if `left` remain.
+inline __mmask16 lanes(std::int64_t left) {
+  return static_cast<__mmask16>(left >= 16 ? 0xFFFF : left <= 0 ? 0 : (1 << left) - 1);
+}
+
+FOURFOLD_AVX512 inline __m512 load(const float* p, __mmask16 m) {
+  return _mm512_maskz_loadu_ps(m, p);
+}
+FOURFOLD_AVX512 inline __m512 load(const c10::BFloat16* p, __mmask16 m) {
+  const __m512i wide = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(m, p));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+}
+FOURFOLD_AVX512 inline __m512 load(const c10::Half* p, __mmask16 m) {
+  return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(m, p));
+}
+
+FOURFOLD_AVX512 inline void store(float* p, __mmask16 m, __m512 v) {
+  _mm512_mask_storeu_ps(p, m, v);
+}
+// 16-bit types saturate (store_as). max and min give their second operand where one is NaN.
+FOURFOLD_AVX512 inline __m512 saturate(__m512 v, float largest) {
+  v = _mm512_max_ps(_mm512_set1_ps(-largest), v);
+  return _mm512_min_ps(_mm512_set1_ps(largest), v);
+}
+FOURFOLD_AVX512 inline void store(c10::Half* p, __mmask16 m, __m512 v) {
+  const __m512 in_range = saturate(v, 65504.0F);
+  _mm256_mask_storeu_epi16(
+      p, m, _mm512_cvtps_ph(in_range, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+FOURFOLD_AVX512 inline void store(c10::BFloat16* p, __mmask16 m, __m512 v) {
+  const __m512i bits = _mm512_castps_si512(saturate(v, 0x1.FEp127F));
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7FFF)), odd);
+  rounded = _mm512_srli_epi32(rounded, 16);
+  const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+  rounded = _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7FC0));
+  _mm256_mask_storeu_epi16(p, m, _mm512_cvtepi32_epi16(rounded));
+}
+
+/// The word of `count` >= 1 values.
+template <class T>
+FOURFOLD_AVX512 inline std::uint32_t word_of(IntFormat f, const T* values, std::int64_t count) {
+  const __m512 first = _mm512_set1_ps(static_cast<float>(values[0])), zero = _mm512_setzero_ps();
+  __m512 lo = first, hi = first, poison = zero;
+  std::int64_t i = 0;
+  for (; i + 16 <= count; i += 16) {
+    const __m512 v = load(values + i, 0xFFFF);
+    lo = _mm512_min_ps(lo, v), hi = _mm512_max_ps(hi, v);
+    poison = _mm512_fmadd_ps(v, zero, poison);
+  }
+  if (i < count) {
+    const __mmask16 m = lanes(count - i);
+    const __m512 v = _mm512_mask_mov_ps(first, m, load(values + i, m));
+    lo = _mm512_min_ps(lo, v), hi = _mm512_max_ps(hi, v);
+    poison = _mm512_fmadd_ps(v, zero, poison);
+  }
+  if (_mm512_cmp_ps_mask(poison, poison, _CMP_UNORD_Q) != 0) return kNanWord;
+  return group_word(f, _mm512_reduce_min_ps(lo), _mm512_reduce_max_ps(hi));
+}
+
+/// 16 random bits for each of 64 values, as four vectors of 16 words.
+struct Random64 {
+  __m512i word[4];
+};
+
+/// Blocks first ... first + 7 of the stream, one in each 64-bit lane, of which the lower half
+/// counts: so one multiplication gives both halves of a product. Lanes hold the blocks in the order
+/// that makes the final interleaving come out in order.
+FOURFOLD_AVX512 inline Random64 random64(const PhiloxStream& stream, std::uint64_t first) {
+  const __m512i counter = _mm512_add_epi64(_mm512_set1_epi64(static_cast<long long>(first)),
+                                           _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7));
+  const __m512i m0 = _mm512_set1_epi64(0xD2511F53), m1 = _mm512_set1_epi64(0xCD9E8D57);
+  __m512i c0 = counter, c1 = _mm512_srli_epi64(counter, 32);
+  __m512i c2 = _mm512_set1_epi64(static_cast<long long>(stream.high));
+  __m512i c3 = _mm512_srli_epi64(c2, 32);
+  auto k0 = static_cast<std::uint32_t>(stream.key);
+  auto k1 = static_cast<std::uint32_t>(stream.key >> 32);
+  for (int round = 0; round < 10; ++round) {
+    const __m512i a = _mm512_mul_epu32(m0, c0), b = _mm512_mul_epu32(m1, c2);
+    c0 = _mm512_ternarylogic_epi64(_mm512_srli_epi64(b, 32), c1, _mm512_set1_epi64(k0), 0x96);
+    c2 = _mm512_ternarylogic_epi64(_mm512_srli_epi64(a, 32), c3, _mm512_set1_epi64(k1), 0x96);
+    c1 = b, c3 = a;
+    k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
+  }
+  const __m512i c01 = _mm512_mask_shuffle_epi32(c0, 0xAAAA, c1, _MM_PERM_CCAA);
+  const __m512i c23 = _mm512_mask_shuffle_epi32(c2, 0xAAAA, c3, _MM_PERM_CCAA);
+  const __m512i low = _mm512_unpacklo_epi64(c01, c23), high = _mm512_unpackhi_epi64(c01, c23);
+  return {{_mm512_cvtepu16_epi32(_mm512_castsi512_si256(low)),
+           _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(low, 1)),
+           _mm512_cvtepu16_epi32(_mm512_castsi512_si256(high)),
+           _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(high, 1))}};
+}
+
+struct Encoder {
+  __m512 spread, offset, inverse, lowest, highest;
+  __m512i zero;
+};
+FOURFOLD_AVX512 inline Encoder broadcast(const GroupEncoder& e) {
+  return {_mm512_set1_ps(e.spread), _mm512_set1_ps(e.offset),  _mm512_set1_ps(e.inverse),
+          _mm512_set1_ps(e.lowest), _mm512_set1_ps(e.highest), _mm512_set1_epi32(e.zero)};
+}
+
+FOURFOLD_AVX512 inline __m512i steps(const Encoder& e, __m512 v) {
+  __m512 t = _mm512_mul_ps(_mm512_fmadd_ps(v, e.spread, e.offset), e.inverse);
+  t = _mm512_min_ps(_mm512_max_ps(t, e.lowest), e.highest);
+  return _mm512_add_epi32(_mm512_cvtps_epi32(t), e.zero);
+}
+
+/// 64 codes, one a byte, to 64 * bits / 8 bytes.
+FOURFOLD_AVX512 inline void store_codes(int bits, std::uint8_t* out, __m512i codes) {
+  if (bits == 8) {
+    _mm512_storeu_si512(out, codes);
+    return;
+  }
+  const __m512i pairs =
+      _mm512_maddubs_epi16(codes, _mm512_set1_epi16(static_cast<short>(1 | 256 << bits)));
+  if (bits == 4) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm512_cvtepi16_epi8(pairs));
+  } else {
+    const __m512i quads = _mm512_madd_epi16(pairs, _mm512_set1_epi32(1 | 16 << 16));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm512_cvtepi32_epi8(quads));
+  }
+}
+
+/// Codes of `count` values of one group, whose first has the index `first` (a multiple of 8).
+template <class T>
+FOURFOLD_AVX512 inline void encode_group(IntFormat f, std::uint32_t word, const T* values,
+                                         std::int64_t count, const PhiloxStream* stream,
+                                         std::int64_t first, std::uint8_t* codes) {
+  const Encoder e = broadcast(group_encoder(f, word, stream != nullptr));
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  for (std::int64_t i = 0; i < count; i += 64) {
+    const std::int64_t left = count - i;
+    __m512i q[4];
+    for (int k = 0; k < 4; ++k) q[k] = steps(e, load(values + i + 16 * k, lanes(left - 16 * k)));
+    if (stream != nullptr) {
+      const Random64 random = random64(*stream, static_cast<std::uint64_t>(first + i) / 8);
+      for (int k = 0; k < 4; ++k)
+        q[k] = _mm512_srli_epi32(_mm512_add_epi32(q[k], random.word[k]), 16);
+    }
+    __m512i bytes =
+        _mm512_packus_epi16(_mm512_packus_epi32(q[0], q[1]), _mm512_packus_epi32(q[2], q[3]));
+    bytes = _mm512_permutexvar_epi32(order, bytes);
+    std::uint8_t* out = codes + i * f.bits / 8;
+    if (left >= 64) {
+      store_codes(f.bits, out, bytes);
+    } else {
+      std::uint8_t whole[64];
+      bytes = _mm512_maskz_mov_epi8((__mmask64{1} << left) - 1, bytes);
+      store_codes(f.bits, whole, bytes);
+      std::copy_n(whole, (left * f.bits + 7) / 8, out);
+    }
+  }
+}
+
+/// 16 codes from 2 * bits bytes, one a 32-bit lane; with bits < 8 the lanes above the code's bits
+/// hold others.
+template <int Bits>
+FOURFOLD_AVX512 inline __m512i load_codes(const std::uint8_t* p) {
+  if constexpr (Bits == 8) {
+    return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  } else if constexpr (Bits == 4) {
+    const __m512i pair = _mm512_cvtepu8_epi64(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+    return _mm512_or_si512(pair, _mm512_slli_epi64(pair, 28));
+  } else {
+    std::uint32_t all;
+    __builtin_memcpy(&all, p, 4);
+    return _mm512_srlv_epi32(
+        _mm512_set1_epi32(static_cast<int>(all)),
+        _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30));
+  }
+}
+
+/// Values [begin, end) of one group to out[0 ...]; begin is a multiple of 8 / Bits. Few codes mean
+/// a table: all that a group can decode to stands in one register.
+template <int Bits, class T>
+FOURFOLD_AVX512 inline void decode_group(IntFormat f, std::uint32_t word, const std::uint8_t* codes,
+                                         std::int64_t begin, std::int64_t end, T* out) {
+  const GroupDecoder d = group_decoder(f, word);
+  const __m512 scale = _mm512_set1_ps(d.scale), minimum = _mm512_set1_ps(d.minimum);
+  const __m512i zero = _mm512_set1_epi32(d.zero);
+  const __m512i index = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __m512i few = _mm512_and_si512(index, _mm512_set1_epi32((1 << Bits) - 1));
+  const __m512 table =
+      _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(few, zero)), scale, minimum);
+  const std::uint8_t* in = codes + begin * Bits / 8;
+  for (std::int64_t i = begin; i < end; i += 16, in += 2 * Bits, out += 16) {
+    std::uint8_t rest[16] = {};
+    const std::uint8_t* from = in;
+    if (end - i < 16) {
+      std::copy_n(in, ((end - i) * Bits + 7) / 8, rest);
+      from = rest;
+    }
+    const __m512i code = load_codes<Bits>(from);
+    const __m512 v = Bits == 8 ? _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(code, zero)),
+                                                 scale, minimum)
+                               : _mm512_permutexvar_ps(code, table);
+    store(out, lanes(end - i), v);
+  }
+}
+
+}  // namespace fourfold::inline v0::detail::avx512
+
+#endif  // __x86_64__
