@@ -8,6 +8,8 @@ using namespace fourfold;
 
 cudaStream_t as_stream(void* stream) { return static_cast<cudaStream_t>(stream); }
 
+bool is_nf4(const FourfoldFormat& format) { return format.kind == 1 && format.group == 64; }
+
 int compress(FourfoldFormat format, void* codes, void* scales, const void* x, FourfoldDtype dtype,
              std::int64_t n, const FourfoldKey* key, void* stream) {
   Key named;
@@ -15,6 +17,8 @@ int compress(FourfoldFormat format, void* codes, void* scales, const void* x, Fo
   const Key* const noise = key == nullptr ? nullptr : &named;
   if (format.kind == 0)
     return cuda::compress_groups(format, codes, scales, x, dtype, n, noise, as_stream(stream));
+  if (is_nf4(format))
+    return cuda::compress_nf4(codes, scales, x, dtype, n, noise, as_stream(stream));
   return cuda::compress_companded(format, codes, scales, x, dtype, n, noise, as_stream(stream));
 }
 
@@ -22,12 +26,16 @@ int decompress(FourfoldFormat format, void* out, FourfoldDtype dtype, const void
                const void* scales, std::int64_t n, void* stream) {
   if (format.kind == 0)
     return cuda::decompress_groups(format, out, dtype, codes, scales, n, as_stream(stream));
+  if (is_nf4(format)) return cuda::decompress_nf4(out, dtype, codes, scales, n, as_stream(stream));
   return cuda::decompress_companded(format, out, dtype, codes, scales, n, as_stream(stream));
 }
 
 int matmul(FourfoldFormat format, bool transposed, void* y, const void* x, FourfoldDtype dtype,
            const void* codes, const void* scales, std::int64_t rows_x, std::int64_t rows,
            std::int64_t columns, void* stream) {
+  if (is_nf4(format))
+    return cuda::matmul_nf4(transposed, y, x, dtype, codes, scales, rows_x, rows, columns,
+                            as_stream(stream));
   return cuda::matmul_groups(format, transposed, y, x, dtype, codes, scales, rows_x, rows, columns,
                              as_stream(stream));
 }
