@@ -57,6 +57,10 @@ class SavedTensors {
     static_cast<void>(attached);
     return pack(tensor);
   }
+  /// A checkpoint drops what it is given and computes it again later; it says so, and `around` is
+  /// who holds payloads in its stead (null: nobody, they are referenced).
+  [[nodiscard]] virtual bool recomputes() const { return false; }
+  [[nodiscard]] virtual std::shared_ptr<SavedTensors> around() const { return nullptr; }
 };
 
 namespace detail {
@@ -139,30 +143,42 @@ struct OpenScope {
   }
 };
 
+/// `tensor` into the hands of `packer`, under what packers are promised.
+inline std::shared_ptr<Saved> pack_with(SavedTensors& packer, const at::Tensor& tensor) {
+  const at::NoGradGuard no_grad;
+  // A packer's own arithmetic is not the model's: autocast must not round it.
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+  std::shared_ptr<Saved> saved = packer.pack_attached(tensor.detach(), tensor);
+  TORCH_CHECK(
+      saved != nullptr,
+      "a SavedTensors returned null from pack(); it must return what unpacks to the tensor, "
+      "at least saved_reference(tensor)");
+  return saved;
+}
+
+inline at::Tensor unpack_from(Saved& saved) {
+  const at::NoGradGuard no_grad;
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+  at::Tensor tensor = saved.unpack();
+  TORCH_INTERNAL_ASSERT(tensor.defined(), "a Saved unpacked to an undefined tensor");
+  return tensor;
+}
+
 /// What LibTorch keeps in place of a saved tensor.
 class SavedTensorHooks final : public torch::autograd::SavedVariableHooks {
  public:
   explicit SavedTensorHooks(std::shared_ptr<OpenScope> scope) : scope_(std::move(scope)) {}
 
   void call_pack_hook(const at::Tensor& tensor) override {
-    // A packer's own arithmetic is not the model's: autocast must not round it.
-    const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
     check_ = VersionCheck(tensor);
-    saved_ = scope_->packer->pack_attached(tensor.detach(), tensor);
-    TORCH_CHECK(
-        saved_ != nullptr,
-        "a SavedTensors returned null from pack(); it must return what unpacks to the tensor, "
-        "at least saved_reference(tensor)");
+    saved_ = pack_with(*scope_->packer, tensor);
     scope_->packed.fetch_add(1, std::memory_order_relaxed);
     scope_.reset();  // a graph may outlive its scope; it needs the payload alone
   }
 
   at::Tensor call_unpack_hook() override {
     check_.check();
-    const at::NoGradGuard no_grad;
-    const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-    at::Tensor tensor = saved_->unpack();
-    TORCH_INTERNAL_ASSERT(tensor.defined(), "a Saved unpacked to an undefined tensor");
+    at::Tensor tensor = unpack_from(*saved_);
     if (check_.sizes() && !tensor.is_nested())
       TORCH_INTERNAL_ASSERT(tensor.sizes() == at::IntArrayRef(*check_.sizes()),
                             "a Saved unpacked to sizes ", tensor.sizes(), ", saved were ",
@@ -241,6 +257,12 @@ class [[gnu::visibility("default")]] SavedTensorsEngine final : public torch::au
     if (stack == nullptr) return nullptr;
     prune(*stack);
     return stack->empty() ? nullptr : stack->back();
+  }
+
+  /// How many recomputes this thread is in.
+  [[nodiscard]] virtual int& recomputing() {
+    static thread_local int depth = 0;
+    return depth;
   }
 
   [[nodiscard]] virtual std::int64_t outside() const {

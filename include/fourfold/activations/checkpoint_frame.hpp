@@ -1,0 +1,337 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+/// One checkpointed block: what it dropped, and how to compute it again. Users call checkpoint().
+///
+/// The rules are those of torch.utils.checkpoint without reentrant autograd (the comment "Nestable
+/// Checkpoint" in torch/utils/checkpoint.py):
+///  1. The innermost frame owns a saved tensor.
+///  2. A frame's inputs are saved by what stands around it.
+///  3. A recompute starts as if no frame were open; frames that it meets are respected.
+///  4. Recomputed tensors belong to one backward pass and go as they are unpacked, also under
+///     retain_graph; a later pass computes again, and so does a second unpack in the same pass.
+///  5. A recompute stops when the last tensor that is still needed was saved.
+///  6. Backward inside the block works.
+/// Ownership goes graph node -> Holder -> frame -> packed inputs; frames know holders weakly.
+#include <ATen/core/grad_mode.h>
+#include <ATen/core/Tensor.h>
+#include <c10/core/DeviceGuard.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
+#include <fourfold/core/random.hpp>  // mix
+#include <fourfold/torch/autocast.hpp>
+#include <fourfold/torch/graph_task.hpp>
+#include <fourfold/torch/random_state.hpp>
+#include <fourfold/torch/saved_tensors.hpp>
+#include <fourfold/torch/state_writes.hpp>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <set>
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace fourfold::inline v0 {
+
+struct CheckpointOptions {
+  bool preserve_random_state = true;  ///< dropout draws the same mask when the block runs again
+  bool early_stop = true;             ///< stop the second run once nothing more is needed
+  bool check_determinism = false;     ///< compare values too, by a hash; for debugging, slow
+};
+
+namespace detail {
+
+/// What a saved tensor must look like when it comes again.
+struct SavedLook {
+  std::optional<std::vector<std::int64_t>> sizes;  // none: nested
+  at::ScalarType dtype = at::kFloat;
+  at::Device device = at::kCPU;
+  std::optional<std::uint64_t> hash;
+
+  /// `attached` tells apart what is computed (hashed) and a buffer that its operator has yet to
+  /// fill.
+  SavedLook(const at::Tensor& tensor, const at::Tensor& attached, bool with_hash)
+      : dtype(tensor.scalar_type()), device(tensor.device()) {
+    if (!tensor.is_nested()) sizes = tensor.sizes().vec();
+    if (with_hash && tensor.layout() == at::kStrided && sizes && !tensor.is_meta() &&
+        !tensor.is_quantized() && (attached.requires_grad() || !at::isFloatingType(dtype)))
+      hash = hash_of(tensor.detach().cpu().contiguous());
+  }
+  bool operator==(const SavedLook&) const = default;
+
+  [[nodiscard]] std::string text() const {
+    std::ostringstream out;
+    out << dtype;
+    if (sizes) out << at::IntArrayRef(*sizes);
+    out << " on " << device;
+    if (hash) out << " (values hash to " << std::hex << *hash << ")";
+    return out.str();
+  }
+
+ private:
+  static std::uint64_t hash_of(const at::Tensor& bytes) {
+    const auto* data = static_cast<const char*>(bytes.const_data_ptr());
+    std::uint64_t hash = bytes.nbytes();
+    for (std::size_t i = 0; i < bytes.nbytes(); i += sizeof(hash)) {
+      std::uint64_t word = 0;
+      std::memcpy(&word, data + i, std::min(sizeof(word), bytes.nbytes() - i));
+      hash = mix(hash ^ word);
+    }
+    return hash;
+  }
+};
+
+class CheckpointFrame final : public door::SavedTensors,
+                              public std::enable_shared_from_this<CheckpointFrame> {
+ public:
+  using Run = std::function<void(const std::vector<at::Tensor>& inputs)>;
+
+  /// Packs `inputs` with what stands around; `run` gets them back in this order, to run the block
+  /// again.
+  CheckpointFrame(const CheckpointOptions& options, const std::vector<at::Tensor>& inputs, Run run)
+      : options_(options), run_(std::move(run)), autocast_(door::AutocastState::current()) {
+    autocast_.cache = false;  // casts of a second run would stay cached after it
+    const std::shared_ptr<door::SavedTensors> parent = door::active_saved_tensors();
+    payloads_ = parent && parent->recomputes() ? parent->around() : parent;
+    std::vector<at::Device> devices;
+    for (const at::Tensor& tensor : inputs) {
+      if (!tensor.defined()) {
+        inputs_.emplace_back();
+        continue;
+      }
+      const bool plain = parent == nullptr || tensor.is_inference();
+      inputs_.push_back(
+          {plain ? door::saved_reference(tensor) : door::detail::pack_with(*parent, tensor),
+           tensor.requires_grad(), tensor.is_leaf(), false});
+      if (!tensor.is_cpu() && !tensor.is_meta()) devices.push_back(tensor.device());
+    }
+    if (!devices.empty()) device_ = c10::impl::VirtualGuardImpl(devices.front().type()).getDevice();
+    if (options_.preserve_random_state) random_ = door::RandomState(devices);
+  }
+
+  /// The block's first run: `fn` with this frame as the packer.
+  template <class Fn>
+  decltype(auto) first_run(const std::vector<at::Tensor>& inputs, Fn&& fn) {
+    struct Finish {  // also for a block that throws: what it saved may live on in what it kept
+      explicit Finish(CheckpointFrame& f, const std::vector<at::Tensor>& i) : frame(f), inputs(i) {
+        for (const at::Tensor& tensor : inputs) versions.push_back(version(tensor));
+      }
+      ~Finish() {
+        const std::lock_guard lock(frame.mutex_);
+        frame.complete_ = true;
+        for (std::size_t i = 0; i < inputs.size(); ++i)
+          frame.inputs_[i].written = version(inputs[i]) != versions[i];
+      }
+      static std::int64_t version(const at::Tensor& tensor) {
+        return tensor.defined() && !tensor.is_inference() ? tensor._version() : 0;
+      }
+      CheckpointFrame& frame;
+      const std::vector<at::Tensor>& inputs;
+      std::vector<std::int64_t> versions;
+    } finish(*this, inputs);
+    const door::SavedTensorsScope scope(shared_from_this(), /*in_backward=*/true);
+    return StateWrites::watch(written_, std::forward<Fn>(fn));
+  }
+
+  std::shared_ptr<door::Saved> pack(const at::Tensor& tensor) override {
+    return pack_attached(tensor, tensor);
+  }
+  std::shared_ptr<door::Saved> pack_attached(const at::Tensor& tensor,
+                                             const at::Tensor& attached) override {
+    const std::lock_guard lock(mutex_);
+    auto holder = std::make_shared<Holder>(shared_from_this(), holders_.size());
+    holders_.push_back(holder);
+    looks_.emplace_back(tensor, attached, options_.check_determinism);
+    return holder;
+  }
+  bool recomputes() const override { return true; }
+  std::shared_ptr<door::SavedTensors> around() const override { return payloads_; }
+
+ private:
+  struct Input {
+    std::shared_ptr<door::Saved> saved;  // null: undefined
+    bool requires_grad = false, leaf = true;
+    bool written = false;  // by the block itself: it gets a copy each time
+  };
+
+  /// In the graph, in place of one tensor.
+  struct Holder final : door::Saved {
+    Holder(std::shared_ptr<CheckpointFrame> f, std::size_t i) : frame(std::move(f)), index(i) {}
+    at::Tensor unpack() override { return frame->unpack(*this); }
+
+    std::shared_ptr<door::Saved> take(int task) {
+      const auto found = std::find_if(recomputed.begin(), recomputed.end(),
+                                      [&](const auto& one) { return one.first == task; });
+      if (found == recomputed.end()) return nullptr;
+      std::shared_ptr<door::Saved> saved = std::move(found->second);
+      recomputed.erase(found);
+      return saved;
+    }
+
+    const std::shared_ptr<CheckpointFrame> frame;
+    const std::size_t index;
+    std::vector<std::pair<int, std::shared_ptr<door::Saved>>> recomputed;  // by graph task
+  };
+
+  /// Ends a second run early. Not a std::exception: a block that catches those must not see it.
+  struct Stop {};
+
+  /// The packer of a second run.
+  struct Recompute final : door::SavedTensors {
+    Recompute(CheckpointFrame& f, int t, const Holder* o) : frame(f), task(t), only(o) {
+      for (std::size_t i = frame.holders_.size(); i > 0 && end == 0; --i)
+        if (only ? i == only->index + 1 : !frame.holders_[i - 1].expired()) end = i;
+    }
+    std::shared_ptr<door::Saved> pack(const at::Tensor& tensor) override {
+      return pack_attached(tensor, tensor);
+    }
+    std::shared_ptr<door::Saved> pack_attached(const at::Tensor& tensor,
+                                               const at::Tensor& attached) override {
+      if (stopping) throw Stop{};
+      const std::size_t index = count++;
+      if (index >= frame.holders_.size()) {
+        // A backward inside the block runs the block again before its first run is complete.
+        TORCH_CHECK(!frame.complete_,
+                    "fourfold::checkpoint: a block saved more tensors when it was "
+                    "computed again than in its forward, which saved ",
+                    frame.holders_.size(), "; the next one is ",
+                    SavedLook(tensor, attached, false).text(), kAdvice);
+        return door::saved_reference(tensor);
+      }
+      const std::shared_ptr<Holder> holder = frame.holders_[index].lock();
+      std::shared_ptr<door::Saved> saved;
+      if (holder == nullptr || (only != nullptr && holder.get() != only)) {
+        saved = door::saved_reference(tensor);
+      } else {
+        const SavedLook look(tensor, attached, frame.options_.check_determinism);
+        TORCH_CHECK(look == frame.looks_[index], "fourfold::checkpoint: saved tensor ", index,
+                    " of a block came back different when the block was computed again: it is ",
+                    look.text(), ", its forward saved ", frame.looks_[index].text(), kAdvice);
+        saved = frame.payloads_ ? door::detail::pack_with(*frame.payloads_, attached)
+                                : door::saved_reference(tensor);
+        holder->recomputed.emplace_back(task, saved);
+      }
+      if (frame.options_.early_stop && count == end) {
+        // What has a gradient has its value. What has none may be a buffer that its operator is
+        // about to fill (the noise of rrelu is saved so): let that operator run.
+        if (attached.requires_grad()) throw Stop{};
+        stopping = true;
+      }
+      return saved;
+    }
+    bool recomputes() const override { return true; }
+    std::shared_ptr<door::SavedTensors> around() const override { return frame.payloads_; }
+
+    CheckpointFrame& frame;
+    const int task;
+    const Holder* const only;
+    std::size_t count = 0, end = 0;
+    bool stopping = false;
+  };
+
+  static constexpr const char* kAdvice =
+      ". A checkpointed function must do the same each time it runs: give it what it depends on as "
+      "inputs, and leave the model's mode (train, eval) as it was until backward is done";
+
+  at::Tensor unpack(Holder& holder) {
+    const std::lock_guard lock(mutex_);
+    const int task = door::current_graph_task();
+    std::shared_ptr<door::Saved> saved = holder.take(task);
+    if (saved == nullptr) {
+      const bool again = task == -1 || filled_.contains(task);
+      recompute(task, again ? &holder : nullptr);
+      saved = holder.take(task);
+      TORCH_INTERNAL_ASSERT(saved != nullptr);
+    }
+    return saved->unpack();
+  }
+
+  void recompute(int task, const Holder* only) {
+    Recompute packer_of_this_run(*this, task, only);
+    auto packer = std::shared_ptr<Recompute>(std::shared_ptr<void>(), &packer_of_this_run);
+    try {
+      second_run(packer);
+    } catch (const Stop&) {
+    } catch (...) {
+      forget(task);
+      throw;
+    }
+    if (packer->count < packer->end) {
+      forget(task);
+      TORCH_CHECK(false,
+                  "fourfold::checkpoint: a block saved fewer tensors when it was computed again (",
+                  packer->count, ") than in its forward (", holders_.size(), ")", kAdvice);
+    }
+    if (task == -1 || only != nullptr) return;
+    filled_.insert(task);
+    door::at_end_of_graph_task([frame = weak_from_this(), task] {
+      if (const auto strong = frame.lock()) {
+        const std::lock_guard lock(strong->mutex_);
+        strong->forget(task);
+      }
+    });
+  }
+
+  void second_run(const std::shared_ptr<Recompute>& packer) {
+    std::vector<at::Tensor> inputs;
+    for (std::size_t i = 0; i < inputs_.size(); ++i) inputs.push_back(input(i));
+    const at::AutoGradMode grad(true);
+    const door::AutocastGuard autocast(autocast_);
+    const c10::OptionalDeviceGuard device(device_);
+    const door::RandomStateGuard random(random_);
+    const StateWrites::Rewind state(written_);
+    const std::shared_ptr<void> active = payloads_ ? payloads_->activate() : nullptr;
+    struct Depth {
+      int& depth = door::detail::saved_tensors_engine().recomputing();
+      Depth() { ++depth; }
+      ~Depth() { --depth; }
+    } const recomputing;
+    const door::SavedTensorsScope scope(packer, /*in_backward=*/true);
+    run_(inputs);
+  }
+
+  at::Tensor input(std::size_t index) {
+    const Input& input = inputs_[index];
+    if (input.saved == nullptr) return {};
+    at::Tensor tensor;
+    try {
+      tensor = door::detail::unpack_from(*input.saved);
+    } catch (const c10::Error& error) {
+      TORCH_CHECK(
+          false, error.what_without_backtrace(), " It is input ", index,
+          " of a fourfold::checkpoint, needed to compute the block again: do not write to it "
+          "before backward, or hand a clone of it to the checkpoint");
+    }
+    if (input.written) tensor = tensor.clone();
+    return input.requires_grad ? door::with_gradient(tensor, input.leaf) : tensor.detach();
+  }
+
+  void forget(int task) {
+    filled_.erase(task);
+    for (const std::weak_ptr<Holder>& weak : holders_)
+      if (const auto holder = weak.lock()) holder->take(task);
+  }
+
+  const CheckpointOptions options_;
+  const Run run_;
+  door::AutocastState autocast_;
+  std::optional<c10::Device> device_;
+  door::RandomState random_;
+  std::shared_ptr<door::SavedTensors> payloads_;  // holds recomputed tensors; null: referenced
+  std::vector<Input> inputs_;
+  std::vector<StateWrites::Written> written_;
+
+  std::recursive_mutex
+      mutex_;  // a block that runs backward inside itself unpacks under its own lock
+  bool complete_ = false;
+  std::vector<std::weak_ptr<Holder>> holders_;
+  std::vector<SavedLook> looks_;
+  std::set<int> filled_;  // graph tasks for which every live holder was filled
+};
+
+}  // namespace detail
+}  // namespace fourfold::inline v0

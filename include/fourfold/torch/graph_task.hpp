@@ -1,0 +1,39 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+/// The backward pass that this thread works for.
+#include <ATen/core/grad_mode.h>
+#include <ATen/core/Tensor.h>
+#include <torch/csrc/autograd/engine.h>
+#include <torch/csrc/autograd/functions/basic_ops.h>
+#include <torch/csrc/autograd/graph_task.h>
+
+#include <functional>
+#include <memory>
+#include <utility>
+
+namespace fourfold::door {
+
+/// Its number, or -1 outside of backward. Two passes never share one.
+inline int current_graph_task() { return torch::autograd::get_current_graph_task_id(); }
+
+/// Runs `callback` when the pass ends without an error; only inside one.
+inline void at_end_of_graph_task(std::function<void()> callback) {
+  torch::autograd::Engine::get_default_engine().queue_callback(std::move(callback));
+}
+
+/// The values of `tensor` as another tensor that asks for gradients: a leaf, or in the middle of a
+/// graph whose other side is not there (so that it may be written to in place, as a leaf may not).
+inline at::Tensor with_gradient(const at::Tensor& tensor, bool leaf) {
+  at::Tensor result;
+  {
+    const at::NoGradGuard no_grad;
+    result = tensor.detach();
+  }
+  if (leaf) return result.requires_grad_(true);
+  const auto node = std::make_shared<torch::autograd::Identity>();
+  node->add_next_edge(torch::autograd::Edge());  // its gradient goes nowhere
+  torch::autograd::create_gradient_edge(result, node);
+  return result;
+}
+
+}  // namespace fourfold::door
