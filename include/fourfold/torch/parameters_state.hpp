@@ -1,0 +1,84 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+/// The parameters' door's state: one in a process, however many translation units and shared
+/// libraries include it, built with whatever visibility. Not versioned for that reason; kAbi
+/// numbers its layout.
+///
+/// The key is TESTING_ONLY_GenericWrapper: LibTorch puts nothing of its own there, it stands above
+/// functorch, autocast and autograd, and it may be carried by a tensor (c10/core/DispatchKey.h).
+#include <c10/core/DispatchKeySet.h>
+#include <c10/core/StorageImpl.h>
+#include <c10/util/Exception.h>
+#include <c10/util/intrusive_ptr.h>
+#include <fourfold/core/payload.hpp>
+
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <unordered_map>
+#include <utility>
+
+namespace fourfold::door {
+
+inline constexpr c10::DispatchKey kPackedKey = c10::DispatchKey::TESTING_ONLY_GenericWrapper;
+/// What an operator meets below our key: functorch, autocast, autograd, the backend.
+inline constexpr c10::DispatchKeySet kBelowPackedKey{c10::DispatchKeySet::FULL_AFTER, kPackedKey};
+
+/// What stands behind a packed tensor's storage, so that every alias and view sees a write.
+class PackedHolder {
+ public:
+  explicit PackedHolder(std::shared_ptr<const Payload> payload) : payload_(std::move(payload)) {}
+
+  [[nodiscard]] std::shared_ptr<const Payload> payload() const {
+    const std::lock_guard lock(mutex_);
+    return payload_;
+  }
+  void replace(std::shared_ptr<const Payload> payload) {
+    const std::lock_guard lock(mutex_);
+    payload_ = std::move(payload);
+  }
+
+  /// Whether decompress(module) gives requires_grad back.
+  std::atomic<bool> was_trainable{false};
+
+ private:
+  mutable std::mutex mutex_;
+  std::shared_ptr<const Payload> payload_;
+};
+
+/// Storages that hold what a payload decompresses to, weakly on both sides.
+struct DenseRecord {
+  c10::weak_intrusive_ptr<c10::StorageImpl> storage;
+  std::weak_ptr<const Payload> payload;
+  std::int64_t version = 0;  ///< of the dense tensor; once written to, it is no payload's
+};
+
+struct ParametersState {
+  static constexpr std::uint32_t kAbi = 1;
+  std::uint32_t abi = kAbi;
+  void (*delete_holder)(void*) = nullptr;  ///< marks storages that are ours
+  std::atomic<bool> open{false};
+  std::mutex opening;
+  std::mutex dense_mutex;
+  std::unordered_map<const void*, DenseRecord> dense;
+  std::size_t sweep_at = 64;  ///< forget dead records when there are so many
+};
+
+/// Default visibility: two libraries built with -fvisibility=hidden still share it. Leaked on
+/// purpose, since tensors may outlive static destruction.
+[[gnu::visibility("default")]] inline ParametersState& parameters_state() {
+  static ParametersState* const state = [] {
+    auto* made = new ParametersState;
+    made->delete_holder = [](void* holder) { delete static_cast<PackedHolder*>(holder); };
+    return made;
+  }();
+  TORCH_CHECK(state->abi == ParametersState::kAbi,
+              "fourfold: another library of this program was built with a fourfold whose packed "
+              "parameters have layout ",
+              state->abi, ", this one with layout ", ParametersState::kAbi,
+              "; build both with one fourfold");
+  return *state;
+}
+
+}  // namespace fourfold::door

@@ -1,0 +1,99 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+/// Parameters that share memory: found by storage, so that each value is packed once.
+#include <ATen/core/Tensor.h>
+#include <fourfold/weights/module_tensors.hpp>
+
+#include <algorithm>
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace fourfold::inline v0::detail {
+
+/// A parameter that is packed, and others that are views of its values.
+struct TiedParameters {
+  struct View {
+    at::Tensor parameter;
+    std::int64_t offset;  ///< of its first value in the owner
+  };
+  std::pair<std::string, at::Tensor> owner;
+  std::vector<View> views;
+  const void* storage = nullptr;  ///< where the owner's plain values were
+};
+
+/// First and one past the last value that a tensor touches in its storage.
+inline std::pair<std::int64_t, std::int64_t> extent(const at::Tensor& tensor) {
+  std::int64_t last = tensor.storage_offset();
+  if (tensor.numel() == 0) return {last, last};
+  for (std::int64_t d = 0; d < tensor.dim(); ++d) last += (tensor.size(d) - 1) * tensor.stride(d);
+  return {tensor.storage_offset(), last + 1};
+}
+
+inline bool same_storage(const at::Tensor& a, const at::Tensor& b) {
+  return a.has_storage() && b.has_storage() && a.storage().is_alias_of(b.storage());
+}
+
+inline bool overlap(const at::Tensor& a, const at::Tensor& b) {
+  const auto [a_first, a_last] = extent(a);
+  const auto [b_first, b_last] = extent(b);
+  return same_storage(a, b) && a_first < b_last && b_first < a_last;
+}
+
+inline std::vector<TiedParameters> tied_parameters(const std::string& what,
+                                                   const NamedTensors& chosen,
+                                                   const NamedTensors& staying) {
+  for (const auto& [name, parameter] : chosen)
+    for (const auto& [other_name, other] : staying)
+      TORCH_CHECK(!overlap(parameter, other), what, ": parameter '", name, "' shares values with '",
+                  other_name,
+                  "', which the filter does not choose, so they would come apart; choose both or "
+                  "neither");
+  std::vector<TiedParameters> ties;
+  const auto adopt = [&](const std::string& name, const at::Tensor& parameter) {
+    for (TiedParameters& tie : ties) {
+      const at::Tensor& owner = tie.owner.second;
+      if (!overlap(owner, parameter)) continue;
+      const bool same = owner.sizes() == parameter.sizes() &&
+                        owner.strides() == parameter.strides() &&
+                        owner.storage_offset() == parameter.storage_offset();
+      const auto [first, last] = extent(parameter);
+      const bool within =
+          owner.is_contiguous() && first >= extent(owner).first && last <= extent(owner).second;
+      TORCH_CHECK(
+          same || within, what, ": parameters '", tie.owner.first, "' and '", name,
+          "' share a part of their values, and neither holds all of the other's; leave them "
+          "out by a filter, or give each its own values with clone()");
+      tie.views.push_back({parameter, parameter.storage_offset() - owner.storage_offset()});
+      return;
+    }
+    ties.push_back({{name, parameter}, {}, parameter.storage().unsafeGetStorageImpl()});
+  };
+  // The one that holds the others comes first; otherwise the module's order.
+  std::vector<std::size_t> order(chosen.size());
+  for (std::size_t i = 0; i < order.size(); ++i) order[i] = i;
+  const auto rank = [&](std::size_t i) {
+    return std::pair(-chosen[i].second.numel(), !chosen[i].second.is_contiguous());
+  };
+  std::stable_sort(order.begin(), order.end(),
+                   [&](std::size_t a, std::size_t b) { return rank(a) < rank(b); });
+  for (const std::size_t i : order) adopt(chosen[i].first, chosen[i].second);
+  std::stable_sort(ties.begin(), ties.end(), [&](const auto& a, const auto& b) {
+    const auto position = [&](const std::string& name) {
+      return std::find_if(chosen.begin(), chosen.end(),
+                          [&](const auto& one) { return one.first == name; });
+    };
+    return position(a.owner.first) < position(b.owner.first);
+  });
+  return ties;
+}
+
+inline bool shares_storage_with_packed(const std::vector<TiedParameters>& ties,
+                                       const at::Tensor& parameter) {
+  return parameter.has_storage() &&
+         std::any_of(ties.begin(), ties.end(), [&](const TiedParameters& tie) {
+           return tie.storage == parameter.storage().unsafeGetStorageImpl();
+         });
+}
+
+}  // namespace fourfold::inline v0::detail
