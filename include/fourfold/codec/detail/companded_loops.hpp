@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
-/// companded_code.hpp for one whole group of 128 values at a time: plain, AVX2, AVX-512, with the same
-/// codes on each. Callers pad a tail group with zeros.
+/// companded_code.hpp for one whole group of 128 values at a time: plain, AVX2, AVX-512, with the
+/// same codes on each. Callers pad a tail group with zeros.
 #include <fourfold/codec/companded_code.hpp>
 #include <fourfold/core/isa.hpp>
 
@@ -50,7 +50,8 @@ FOURFOLD_COMPANDED_AVX2 inline std::uint32_t largest_bits_avx2(const float* valu
     const __m256 value = _mm256_add_ps(_mm256_loadu_ps(values + i), _mm256_setzero_ps());
     largest = _mm256_max_epu32(largest, _mm256_and_si256(_mm256_castps_si256(value), keep));
   }
-  __m128i four = _mm_max_epu32(_mm256_castsi256_si128(largest), _mm256_extracti128_si256(largest, 1));
+  __m128i four =
+      _mm_max_epu32(_mm256_castsi256_si128(largest), _mm256_extracti128_si256(largest, 1));
   four = _mm_max_epu32(four, _mm_shuffle_epi32(four, 0x4E));
   four = _mm_max_epu32(four, _mm_shuffle_epi32(four, 0xB1));
   return static_cast<std::uint32_t>(_mm_cvtsi128_si32(four));
@@ -58,8 +59,8 @@ FOURFOLD_COMPANDED_AVX2 inline std::uint32_t largest_bits_avx2(const float* valu
 
 FOURFOLD_COMPANDED_AVX512 inline __m512 uniform_avx512(const std::uint16_t* random, int i) {
   if (random == nullptr) return _mm512_set1_ps(0.5F);
-  const __m512i bits = _mm512_cvtepu16_epi32(
-      _mm256_loadu_si256(reinterpret_cast<const __m256i*>(random + i)));
+  const __m512i bits =
+      _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(random + i)));
   return _mm512_fmadd_ps(_mm512_cvtepi32_ps(bits), _mm512_set1_ps(1.0F / 65536.0F),
                          _mm512_set1_ps(0.5F / 65536.0F));  // exact: 17 bits
 }
@@ -170,8 +171,7 @@ FOURFOLD_COMPANDED_AVX512 inline void decode_avx512(Softsign, const std::int8_t*
   for (int i = 0; i < kGroup; i += 16) {
     const __m512 k = _mm512_cvtepi32_ps(
         _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + i))));
-    const __m512 ratio =
-        _mm512_div_ps(k, _mm512_sub_ps(_mm512_set1_ps(254.0F), _mm512_abs_ps(k)));
+    const __m512 ratio = _mm512_div_ps(k, _mm512_sub_ps(_mm512_set1_ps(254.0F), _mm512_abs_ps(k)));
     _mm512_storeu_ps(out + i, _mm512_mul_ps(_mm512_set1_ps(scale), ratio));
   }
 }
@@ -208,8 +208,8 @@ FOURFOLD_COMPANDED_AVX2 inline void decode_avx2(Sqrt, const std::uint8_t* codes,
 }
 #endif
 
-/// Bits of the largest magnitude; above kInfinityBits - 1 where something is not finite. For a curve
-/// without sign a negative value shows as a set sign bit (-0 counts as 0).
+/// Bits of the largest magnitude; above kInfinityBits - 1 where something is not finite. For a
+/// curve without sign a negative value shows as a set sign bit (-0 counts as 0).
 template <class Curve>
 std::uint32_t largest_bits(const float* values, Isa isa) {
   constexpr bool kKeepSign = std::is_same_v<Curve, Sqrt>;
@@ -226,8 +226,8 @@ std::uint32_t largest_bits(const float* values, Isa isa) {
   return largest;
 }
 
-/// One group: its scale is returned, its codes are written. A group with anything not finite (or, for
-/// Sqrt, negative) gets a NaN scale, so that all of it decodes as NaN.
+/// One group: its scale is returned, its codes are written. A group with anything not finite (or,
+/// for Sqrt, negative) gets a NaN scale, so that all of it decodes as NaN.
 template <class Curve, class Code>
 float encode_group(const float* values, Code* codes, const std::uint16_t* random, Isa isa) {
   const std::uint32_t bits = largest_bits<Curve>(values, isa);

@@ -24,7 +24,8 @@
 namespace fourfold::inline v0 {
 namespace nf4::detail {
 
-/// Squared errors are summed in 16 lanes, value i in lane i % 16, then lane by lane: one order for all.
+/// Squared errors are summed in 16 lanes, value i in lane i % 16, then lane by lane: one order for
+/// all.
 using Sums = std::array<float, 16>;
 
 #if defined(__x86_64__)
@@ -47,8 +48,8 @@ FOURFOLD_NF4_AVX512 inline void encode_avx512(const float* values, std::int64_t 
     const __m512 x = _mm512_div_ps(_mm512_loadu_ps(values + i), _mm512_set1_ps(scale));
     __m512i code = count_below_avx512(thresholds, x);
     if (random != nullptr) {
-      const __m512i bits = _mm512_cvtepu16_epi32(
-          _mm256_loadu_si256(reinterpret_cast<const __m256i*>(random + i)));
+      const __m512i bits =
+          _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(random + i)));
       const __m512 u = _mm512_fmadd_ps(_mm512_cvtepi32_ps(bits), _mm512_set1_ps(1.0F / 65536.0F),
                                        _mm512_set1_ps(0.5F / 65536.0F));
       const __mmask16 up =
@@ -61,8 +62,8 @@ FOURFOLD_NF4_AVX512 inline void encode_avx512(const float* values, std::int64_t 
   }
 }
 
-FOURFOLD_NF4_AVX512 inline void decode_avx512(const std::uint8_t* codes, std::int64_t n, float scale,
-                                              float* out) {
+FOURFOLD_NF4_AVX512 inline void decode_avx512(const std::uint8_t* codes, std::int64_t n,
+                                              float scale, float* out) {
   const __m512 levels = _mm512_loadu_ps(kLevels.data());
   const __m128i low = _mm_set1_epi8(15);
   for (std::int64_t i = 0; i < n; i += 32) {
@@ -102,13 +103,14 @@ FOURFOLD_NF4_AVX2 inline __m256 look_up_avx2(const std::array<float, 16>& table,
   return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)));  // bit 3
 }
 
-FOURFOLD_NF4_AVX2 inline __m256i count_below_avx2(const std::array<float, 16>& thresholds, __m256 x) {
+FOURFOLD_NF4_AVX2 inline __m256i count_below_avx2(const std::array<float, 16>& thresholds,
+                                                  __m256 x) {
   __m256i count = _mm256_setzero_si256();
   for (int step = 8; step > 0; step /= 2) {
     const __m256i probe = _mm256_add_epi32(count, _mm256_set1_epi32(step - 1));
     const __m256 above = _mm256_cmp_ps(x, look_up_avx2(thresholds, probe), _CMP_GT_OQ);
-    count = _mm256_add_epi32(
-        count, _mm256_and_si256(_mm256_castps_si256(above), _mm256_set1_epi32(step)));
+    count = _mm256_add_epi32(count,
+                             _mm256_and_si256(_mm256_castps_si256(above), _mm256_set1_epi32(step)));
   }
   return count;
 }
@@ -133,9 +135,10 @@ FOURFOLD_NF4_AVX2 inline void encode_avx2(const float* values, std::int64_t n, f
       }
       four[part] = code;
     }
-    const __m256i bytes = _mm256_permutevar8x32_epi32(
-        _mm256_packus_epi16(_mm256_packs_epi32(four[0], four[1]), _mm256_packs_epi32(four[2], four[3])),
-        _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+    const __m256i bytes =
+        _mm256_permutevar8x32_epi32(_mm256_packus_epi16(_mm256_packs_epi32(four[0], four[1]),
+                                                        _mm256_packs_epi32(four[2], four[3])),
+                                    _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
     const __m256i pairs = _mm256_maddubs_epi16(bytes, _mm256_set1_epi16(0x1001));
     const __m128i packed =
         _mm_packus_epi16(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1));
@@ -148,8 +151,8 @@ FOURFOLD_NF4_AVX2 inline void decode_avx2(const std::uint8_t* codes, std::int64_
   const __m128i low = _mm_set1_epi8(15);
   for (std::int64_t i = 0; i < n; i += 16) {
     const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes + i / 2));
-    const __m128i each = _mm_unpacklo_epi8(_mm_and_si128(bytes, low),
-                                           _mm_and_si128(_mm_srli_epi16(bytes, 4), low));
+    const __m128i each =
+        _mm_unpacklo_epi8(_mm_and_si128(bytes, low), _mm_and_si128(_mm_srli_epi16(bytes, 4), low));
     const __m256i first = _mm256_cvtepu8_epi32(each);
     const __m256i second = _mm256_cvtepu8_epi32(_mm_srli_si128(each, 8));
     _mm256_storeu_ps(out + i, _mm256_mul_ps(look_up_avx2(kLevels, first), _mm256_set1_ps(scale)));
@@ -177,8 +180,8 @@ FOURFOLD_NF4_AVX2 inline Sums squared_error_avx2(const float* values, std::int64
 FOURFOLD_NF4_AVX512 inline std::uint32_t largest_bits_avx512(const float* values, std::int64_t n) {
   __m512i largest = _mm512_setzero_si512();
   for (std::int64_t i = 0; i < n; i += 16)
-    largest = _mm512_max_epu32(largest, _mm512_and_si512(_mm512_loadu_si512(values + i),
-                                                         _mm512_set1_epi32(0x7FFFFFFF)));
+    largest = _mm512_max_epu32(
+        largest, _mm512_and_si512(_mm512_loadu_si512(values + i), _mm512_set1_epi32(0x7FFFFFFF)));
   return _mm512_reduce_max_epu32(largest);
 }
 
@@ -194,7 +197,8 @@ FOURFOLD_NF4_AVX2 inline std::uint32_t largest_bits_avx2(const float* values, st
 }
 #endif
 
-/// Largest magnitude of a block; NaN if anything in it is not finite, 0 if all of it is below 2^-126.
+/// Largest magnitude of a block; NaN if anything in it is not finite, 0 if all of it is below
+/// 2^-126.
 inline float largest_magnitude(const float* values, std::int64_t n, Isa isa) {
   std::uint32_t bits = 0;
 #if defined(__x86_64__)
@@ -214,10 +218,10 @@ inline float largest_magnitude(const float* values, std::int64_t n, Isa isa) {
   return largest < kSmallest ? 0.0F : largest;
 }
 
-/// Codes of one block. Without a usable scale (0 or NaN) all codes are that of zero, which decodes to
-/// 0 or NaN.
-inline void encode_block(const float* values, std::int64_t n, float scale, const std::uint16_t* random,
-                         std::uint8_t* codes, Isa isa) {
+/// Codes of one block. Without a usable scale (0 or NaN) all codes are that of zero, which decodes
+/// to 0 or NaN.
+inline void encode_block(const float* values, std::int64_t n, float scale,
+                         const std::uint16_t* random, std::uint8_t* codes, Isa isa) {
   if (!(scale > 0)) {
     std::fill_n(codes, n / 2, static_cast<std::uint8_t>(kZeroCode * 17));
     return;
@@ -235,17 +239,18 @@ inline void encode_block(const float* values, std::int64_t n, float scale, const
     codes[i / 2] = static_cast<std::uint8_t>(code(i) | code(i + 1) << 4);
 }
 
-inline void decode_block(const std::uint8_t* codes, std::int64_t n, float scale, float* out, Isa isa) {
+inline void decode_block(const std::uint8_t* codes, std::int64_t n, float scale, float* out,
+                         Isa isa) {
 #if defined(__x86_64__)
   if (isa == Isa::kAvx512) return decode_avx512(codes, n, scale, out);
   if (isa == Isa::kAvx2) return decode_avx2(codes, n, scale, out);
 #endif
   static_cast<void>(isa);
-  for (std::int64_t i = 0; i < n; ++i)
-    out[i] = decode(codes[i / 2] >> (4 * (i % 2)) & 15, scale);
+  for (std::int64_t i = 0; i < n; ++i) out[i] = decode(codes[i / 2] >> (4 * (i % 2)) & 15, scale);
 }
 
-inline float squared_error(const float* values, std::int64_t n, float largest, float share, Isa isa) {
+inline float squared_error(const float* values, std::int64_t n, float largest, float share,
+                           Isa isa) {
   Sums sums{};
 #if defined(__x86_64__)
   if (isa == Isa::kAvx512) {

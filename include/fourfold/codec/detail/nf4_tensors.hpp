@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
-/// NF4 of whole tensors: buffers, threads, messages. The format is a value here, so that formats are
-/// not copies of this code.
+/// NF4 of whole tensors: buffers, threads, messages. The format is a value here, so that formats
+/// are not copies of this code.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <fourfold/codec/detail/nf4_loops.hpp>
@@ -26,7 +26,9 @@ inline std::string format_name(Nf4Format f) {
   return f.block == 64 ? name : name + "/" + std::to_string(f.block);
 }
 
-constexpr std::int64_t blocks_of(Nf4Format f, std::int64_t n) { return (n + f.block - 1) / f.block; }
+constexpr std::int64_t blocks_of(Nf4Format f, std::int64_t n) {
+  return (n + f.block - 1) / f.block;
+}
 /// Blocks that must be packed together: those of one scale group, or of one tile of random bits.
 constexpr std::int64_t blocks_per_unit(Nf4Format f) {
   return f.double_quant ? kScalesPerGroup : std::max<std::int64_t>(1, kRandomTile / f.block);
@@ -55,7 +57,7 @@ bool compress_unit(Nf4Format f, const T* values, std::int64_t n, std::int64_t un
   const std::int64_t first = unit * blocks_per_unit(f);
   const std::int64_t count = std::min(blocks_per_unit(f), blocks_of(f, n) - first);
   std::array<float, kScalesPerGroup> scales;
-  std::vector<float> buffer(static_cast<std::size_t>(f.block));
+  std::array<float, kLargestBlock> buffer;
   const auto block = [&](std::int64_t b) {
     const std::int64_t begin = (first + b) * f.block;
     return fourfold::detail::load_group(values, begin, std::min<std::int64_t>(f.block, n - begin),
@@ -77,41 +79,38 @@ bool compress_unit(Nf4Format f, const T* values, std::int64_t n, std::int64_t un
     std::uint8_t* codes = buffers[1].mutable_data_ptr<std::uint8_t>() + first;
     for (std::int64_t b = 0; b < count; ++b) {
       float& scale = scales[static_cast<std::size_t>(b)];
-      codes[b] = static_cast<std::uint8_t>(finite ? encode_scale(scale, step, stream != nullptr) : 0);
+      codes[b] =
+          static_cast<std::uint8_t>(finite ? encode_scale(scale, step, stream != nullptr) : 0);
       scale = decode_scale(codes[b], step);
     }
   } else {
     std::copy_n(scales.data(), count, buffers[1].mutable_data_ptr<float>() + first);
   }
   std::uint8_t* codes = buffers[0].mutable_data_ptr<std::uint8_t>();
-  std::vector<std::uint16_t> random;
-  if (stream != nullptr)
-    random.resize(static_cast<std::size_t>(std::max<std::int64_t>(f.block, kRandomTile)));
-  std::vector<std::uint8_t> tail;
+  std::array<std::uint16_t, kLargestBlock> random;
+  std::array<std::uint8_t, kLargestBlock / 2> tail;
   for (std::int64_t b = 0; b < count; ++b) {
     const std::int64_t begin = (first + b) * f.block;
     const std::int64_t size = std::min<std::int64_t>(f.block, n - begin);
     if (stream != nullptr && begin % kRandomTile == 0)
-      for (std::int64_t i = 0; i < static_cast<std::int64_t>(random.size()); i += kRandomTile)
+      for (std::int64_t i = 0; i < std::max<std::int64_t>(f.block, kRandomTile); i += kRandomTile)
         fourfold::detail::random16(*stream, (begin + i) / kRandomTile, random.data() + i, isa);
     const std::uint16_t* bits = stream == nullptr ? nullptr : random.data() + begin % kRandomTile;
-    std::uint8_t* to = codes + begin / 2;
-    if (size < f.block) {
-      tail.resize(static_cast<std::size_t>(f.block / 2));
-      to = tail.data();
-    }
+    std::uint8_t* to = size < f.block ? tail.data() : codes + begin / 2;
     encode_block(block(b), f.block, scales[static_cast<std::size_t>(b)], bits, to, isa);
     if (size < f.block) std::copy_n(to, (size + 1) / 2, codes + begin / 2);
   }
   return finite;
 }
 
-/// The seam for kernels: without them a tensor on another device goes through the CPU, code for code.
+/// The seam for kernels: without them a tensor on another device goes through the CPU, code for
+/// code.
 inline at::Tensor on_cpu(Nf4Format f, const at::Tensor& tensor) {
   if (tensor.is_cpu()) return tensor;
-  TORCH_WARN_ONCE(format_name(f), " packs tensors on ", tensor.device().type(),
-                  " by way of the CPU, which is slow, because fourfold::cuda is not linked; link it to "
-                  "use its kernels");
+  TORCH_WARN_ONCE(
+      format_name(f), " packs tensors on ", tensor.device().type(),
+      " by way of the CPU, which is slow, because fourfold::cuda is not linked; link it to "
+      "use its kernels");
   return tensor.cpu();
 }
 
@@ -167,8 +166,8 @@ inline void decode(Nf4Format f, const std::vector<at::Tensor>& buffers, std::int
   }
 }
 
-inline at::Tensor decompress(Nf4Format f, const std::vector<at::Tensor>& buffers, at::IntArrayRef sizes,
-                             at::ScalarType dtype) {
+inline at::Tensor decompress(Nf4Format f, const std::vector<at::Tensor>& buffers,
+                             at::IntArrayRef sizes, at::ScalarType dtype) {
   const at::Device device = buffers[0].device();
   std::vector<at::Tensor> here;
   for (const at::Tensor& buffer : buffers) here.push_back(on_cpu(f, buffer));
@@ -176,9 +175,10 @@ inline at::Tensor decompress(Nf4Format f, const std::vector<at::Tensor>& buffers
   const std::int64_t n = out.numel();
   visit_float(dtype, format_name(f), [&]<class T>(std::type_identity<T>) {
     T* to = out.mutable_data_ptr<T>();
-    fourfold::detail::decode_to(to, n, f.block, [&](std::int64_t begin, std::int64_t end, float* part) {
-      decode(f, here, n, begin, end, part);
-    });
+    fourfold::detail::decode_to(to, n, f.block,
+                                [&](std::int64_t begin, std::int64_t end, float* part) {
+                                  decode(f, here, n, begin, end, part);
+                                });
   });
   return out.to(device);
 }

@@ -35,8 +35,8 @@ inline void random16_scalar(const PhiloxStream& stream, std::uint64_t block, std
 }
 
 #if defined(__x86_64__)
-// Lane 4 * L + j of the counter is block 4 * j + L (AVX2: 2 * j + L): after the transposition of the
-// four words the blocks lie in order.
+// Lane 4 * L + j of the counter is block 4 * j + L (AVX2: 2 * j + L): after the transposition of
+// the four words the blocks lie in order.
 
 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl"))) inline void random16_avx512(
     const PhiloxStream& stream, std::uint64_t block, std::uint16_t* out) {
@@ -45,7 +45,8 @@ __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl"))) inline void random
       _mm512_add_epi32(_mm512_set1_epi32(word(block)),
                        _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
   __m512i c1 = _mm512_set1_epi32(word(block >> 32));
-  __m512i c2 = _mm512_set1_epi32(word(stream.high)), c3 = _mm512_set1_epi32(word(stream.high >> 32));
+  __m512i c2 = _mm512_set1_epi32(word(stream.high)),
+          c3 = _mm512_set1_epi32(word(stream.high >> 32));
   std::uint32_t k0 = static_cast<std::uint32_t>(stream.key);
   std::uint32_t k1 = static_cast<std::uint32_t>(stream.key >> 32);
   const __m512i first = _mm512_set1_epi64(0xD2511F53), second = _mm512_set1_epi64(0xCD9E8D57);

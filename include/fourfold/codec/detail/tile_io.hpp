@@ -39,7 +39,8 @@ constexpr std::int64_t groups_per_task(std::int64_t group) {
   return std::max<std::int64_t>(1, 32768 / group);
 }
 
-/// Fills to[0 ... n) by decode(begin, end, fp32 out), on all threads; begin is a multiple of `group`.
+/// Fills to[0 ... n) by decode(begin, end, fp32 out), on all threads; begin is a multiple of
+/// `group`.
 template <class T, class Decode>
 void decode_to(T* to, std::int64_t n, std::int64_t group, const Decode& decode) {
   const std::int64_t groups = (n + group - 1) / group;
@@ -80,13 +81,14 @@ template <class T>
                                     const std::string& codec) {
   std::int64_t i = begin;
   while (i < n - 1 && std::isfinite(static_cast<float>(values[i]))) ++i;
-  TORCH_CHECK(false, codec, ": value ", i, " of ", n, " is ", static_cast<double>(values[i]),
-              ", and rounding to nearest takes finite fp32 numbers only; look for its origin, or use "
-              "compress(values, key), which carries it through (what shares its scale becomes NaN)");
+  TORCH_CHECK(
+      false, codec, ": value ", i, " of ", n, " is ", static_cast<double>(values[i]),
+      ", and rounding to nearest takes finite fp32 numbers only; look for its origin, or use "
+      "compress(values, key), which carries it through (what shares its scale becomes NaN)");
 }
 
-/// `bound` of the codes, widened by what arithmetic rounds: eight operations in fp32, one rounding to
-/// the dtype, and what lies below their normal numbers.
+/// `bound` of the codes, widened by what arithmetic rounds: eight operations in fp32, one rounding
+/// to the dtype, and what lies below their normal numbers.
 inline float with_rounding(double bound, double value, at::ScalarType dtype) {
   const double unit = dtype == at::kBFloat16 ? 0x1p-8 : dtype == at::kHalf ? 0x1p-11 : 0.0;
   const double smallest = dtype == at::kHalf ? 0x1p-24 : 0x1p-125;

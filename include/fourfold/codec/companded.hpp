@@ -1,0 +1,212 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+/// Companded 8-bit codes: evenly spaced on a curve, so that values far below their group's largest
+/// keep a small relative error. Made for optimizer moments: Softsign for the first, Sqrt (of values
+/// that are not negative) for the second. FlashOptim, arXiv 2602.23349; ours has groups of 128 with
+/// fp32 scales, since fp16 scales lose gradients below 3e-8.
+///   auto packed = Companded<8, Sqrt>{}.compress(second_moment);        // 8.25 bits a value
+///   auto again  = Companded<8, Sqrt>{}.compress(second_moment, key);   // unbiased
+///
+/// Buffers: codes (n, int8 or uint8), scales (ceil(n / 128), fp32). Values: fp32, bf16, fp16, fp64,
+/// taken as fp32. Not finite: a nearest compress throws, a stochastic one makes the group of 128
+/// NaN. Below zero: Sqrt throws. A group whose largest magnitude is below 2^-126 is held as zeros.
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+#include <fourfold/codec/detail/companded_loops.hpp>
+#include <fourfold/codec/detail/random16.hpp>
+#include <fourfold/codec/detail/tile_io.hpp>
+#include <fourfold/core/codec.hpp>
+#include <fourfold/core/parallel.hpp>
+#include <fourfold/core/visit.hpp>
+
+#include <optional>
+
+namespace fourfold::inline v0 {
+
+template <int Bits, class Curve>
+class Companded {
+  static_assert(Bits == 8,
+                "Companded stores 8 bits a value: use Companded<8, Softsign> or <8, Sqrt>");
+  static_assert(
+      std::is_same_v<Curve, Softsign> || std::is_same_v<Curve, Sqrt>,
+      "Companded has two curves: Softsign for values of either sign, Sqrt for values >= 0");
+  using Code = std::conditional_t<std::is_same_v<Curve, Sqrt>, std::uint8_t, std::int8_t>;
+  static constexpr bool kNotNegative = std::is_same_v<Curve, Sqrt>;
+
+ public:
+  using Packed = PackedAs<Companded>;
+
+  static std::string name() { return kNotNegative ? "Companded8Sqrt" : "Companded8Softsign"; }
+  [[nodiscard]] Packed compress(const at::Tensor& values) const { return pack(values, {}); }
+  [[nodiscard]] Packed compress(const at::Tensor& values, Key key) const {
+    return pack(values, key);
+  }
+  [[nodiscard]] at::Tensor decompress(const Packed& packed) const;
+  /// fp32, of compress(values): half the distance of the two codes around each value, plus
+  /// rounding.
+  [[nodiscard]] at::Tensor error_bound(const at::Tensor& values) const;
+  void decode(const Packed& packed, std::int64_t begin, std::int64_t end, float* out) const;
+
+  // What an optimizer needs to hold a state in this code: StateCodec in optim/state_codec.hpp.
+  static constexpr std::int64_t kTile = companded::kGroup;
+  /// A state of zeros, on a CPU.
+  [[nodiscard]] Packed zeros(at::IntArrayRef sizes) const;
+  /// Rewrites values [begin, end); both are multiples of kTile, or end is numel. Never throws: what
+  /// is not finite becomes a group of NaN.
+  void encode(Packed& packed, std::int64_t begin, std::int64_t end, const float* from,
+              const std::optional<Key>& key, Isa isa = fourfold::isa()) const;
+  void decode(const Packed& packed, std::int64_t begin, std::int64_t end, float* out,
+              Isa isa) const;
+
+ private:
+  [[nodiscard]] Packed pack(const at::Tensor& values, const std::optional<Key>& key) const;
+  [[nodiscard]] static at::Tensor on_cpu(const at::Tensor& values);
+  static const Code* codes(const Packed& packed) {
+    return packed.buffers[0].template const_data_ptr<Code>();
+  }
+  static const float* scales(const Packed& packed) {
+    return packed.buffers[1].template const_data_ptr<float>();
+  }
+};
+
+template <int Bits, class Curve>
+typename Companded<Bits, Curve>::Packed Companded<Bits, Curve>::zeros(at::IntArrayRef sizes) const {
+  Packed packed;
+  packed.sizes = sizes.vec();
+  const std::int64_t n = packed.numel(), groups = (n + kTile - 1) / kTile;
+  packed.buffers = {at::zeros({n}, c10::CppTypeToScalarType<Code>::value),
+                    at::zeros({groups}, at::kFloat)};
+  return packed;
+}
+
+template <int Bits, class Curve>
+void Companded<Bits, Curve>::encode(Packed& packed, std::int64_t begin, std::int64_t end,
+                                    const float* from, const std::optional<Key>& key,
+                                    Isa isa) const {
+  Code* to = packed.buffers[0].template mutable_data_ptr<Code>();
+  float* scale = packed.buffers[1].template mutable_data_ptr<float>();
+  const PhiloxStream stream = philox_stream(key.value_or(Key{}));
+  std::uint16_t random[kTile];
+  float padded[kTile];
+  Code tail[kTile];
+  for (std::int64_t at = begin; at < end; at += kTile, from += kTile) {
+    const std::int64_t n = std::min(kTile, end - at);
+    if (key) detail::random16(stream, at / kTile, random, isa);
+    const float* group = detail::load_group(from, std::int64_t{0}, n, kTile, padded);
+    Code* out = n == kTile ? to + at : tail;
+    scale[at / kTile] =
+        companded::detail::encode_group<Curve>(group, out, key ? random : nullptr, isa);
+    if (n < kTile) std::copy_n(tail, n, to + at);
+  }
+}
+
+template <int Bits, class Curve>
+void Companded<Bits, Curve>::decode(const Packed& packed, std::int64_t begin, std::int64_t end,
+                                    float* out, Isa isa) const {
+  const Code* code = codes(packed);
+  const float* scale = scales(packed);
+  const std::int64_t n = packed.numel();
+  float whole[kTile];
+  Code tail[kTile] = {};
+  for (std::int64_t group = begin / kTile; group * kTile < end; ++group) {
+    const std::int64_t first = group * kTile, from = std::max(begin, first);
+    const std::int64_t to = std::min(end, first + kTile);
+    const Code* source = code + first;
+    if (first + kTile > n) source = (std::copy_n(source, n - first, tail), tail);
+    const bool direct = to - from == kTile;
+    float* target = direct ? out + (first - begin) : whole;
+    companded::detail::decode_group<Curve>(source, scale[group], target, isa);
+    if (!direct) std::copy(whole + (from - first), whole + (to - first), out + (from - begin));
+  }
+}
+
+template <int Bits, class Curve>
+void Companded<Bits, Curve>::decode(const Packed& packed, std::int64_t begin, std::int64_t end,
+                                    float* out) const {
+  decode(packed, begin, end, out, fourfold::isa());
+}
+
+/// The seam for kernels: without them a tensor on another device goes through the CPU, code for
+/// code.
+template <int Bits, class Curve>
+at::Tensor Companded<Bits, Curve>::on_cpu(const at::Tensor& values) {
+  if (values.is_cpu()) return values;
+  TORCH_WARN_ONCE(name(), " has no kernel for ", values.device(),
+                  " in this program: values go through "
+                  "the CPU, correct but slow. Link fourfold::cuda for kernels.");
+  return values.cpu();
+}
+
+template <int Bits, class Curve>
+typename Companded<Bits, Curve>::Packed Companded<Bits, Curve>::pack(
+    const at::Tensor& values, const std::optional<Key>& key) const {
+  const std::string codec = name();
+  detail::check_dense(values, codec);
+  return visit_float(values.scalar_type(), codec, [&]<class T>(std::type_identity<T>) {
+    const at::Tensor dense = on_cpu(values.detach().resolve_neg()).contiguous();
+    const T* from = dense.const_data_ptr<T>();
+    Packed packed{{}, values.sizes().vec(), values.scalar_type()};
+    const std::int64_t n = packed.numel(), groups = (n + kTile - 1) / kTile;
+    packed.buffers = {at::empty({n}, c10::CppTypeToScalarType<Code>::value),
+                      at::empty({groups}, at::kFloat)};
+    detail::FirstIndex misfit;
+    parallel_for(0, groups, detail::groups_per_task(kTile), [&](std::int64_t a, std::int64_t b) {
+      float buffer[kTile];
+      const float* scale = scales(packed);
+      for (std::int64_t group = a; group < b; ++group) {
+        const std::int64_t begin = group * kTile, size = std::min(kTile, n - begin);
+        const float* tile = detail::load_group(from, begin, size, kTile, buffer);
+        encode(packed, begin, begin + size, tile, key);
+        if (!std::isnan(scale[group])) continue;
+        // A stochastic code carries NaN through, but no code carries the root of a negative value.
+        const float* bad = std::find_if(tile, tile + size, [&](float value) {
+          return (kNotNegative && value < 0) || (!key && !std::isfinite(value));
+        });
+        if (bad != tile + size) misfit.report(begin + (bad - tile));
+      }
+    });
+    if (misfit.found()) {
+      const auto value = static_cast<double>(from[misfit.value()]);
+      TORCH_CHECK(!kNotNegative || !(value < 0), codec, ": value ", misfit.value(), " of ", n,
+                  " is ", value,
+                  ", and this code holds second moments, which are not negative; use Companded<8, "
+                  "Softsign> for values of either sign");
+      detail::refuse_not_finite(from, misfit.value(), n, codec);
+    }
+    for (at::Tensor& buffer : packed.buffers) buffer = buffer.to(values.device());
+    return packed;
+  });
+}
+
+template <int Bits, class Curve>
+at::Tensor Companded<Bits, Curve>::decompress(const Packed& packed) const {
+  Packed here = packed;
+  for (at::Tensor& buffer : here.buffers) buffer = on_cpu(buffer);
+  const at::Tensor out = at::empty(packed.sizes, packed.dtype);
+  visit_float(packed.dtype, name(), [&]<class T>(std::type_identity<T>) {
+    detail::decode_to(
+        out.mutable_data_ptr<T>(), out.numel(), kTile,
+        [&](std::int64_t begin, std::int64_t end, float* to) { decode(here, begin, end, to); });
+  });
+  return out.to(packed.buffers[0].device());
+}
+
+template <int Bits, class Curve>
+at::Tensor Companded<Bits, Curve>::error_bound(const at::Tensor& values) const {
+  const Packed packed = compress(values.detach().cpu());
+  const at::Tensor exact = values.detach().to(at::kCPU, at::kFloat).contiguous();
+  const at::Tensor bound = at::empty(values.sizes(), at::kFloat);
+  const float* value = exact.const_data_ptr<float>();
+  float* out = bound.mutable_data_ptr<float>();
+  for (std::int64_t i = 0; i < bound.numel(); ++i) {
+    const double half = 0.5 * companded::gap(Curve{}, value[i], scales(packed)[i / kTile]);
+    out[i] = detail::with_rounding(half, value[i], packed.dtype);
+  }
+  return bound.to(values.device());
+}
+
+static_assert(StochasticCodec<Companded<8, Softsign>> && TileCodec<Companded<8, Softsign>>);
+static_assert(StochasticCodec<Companded<8, Sqrt>> && TileCodec<Companded<8, Sqrt>>);
+
+}  // namespace fourfold::inline v0
