@@ -48,7 +48,18 @@ double error_of(const at::Tensor& values) {
       .template item<double>();
 }
 
-TEST(LowRank, IsAsGoodAsTheBestOfItsRank) {
+/// One thread: the many small steps of a decomposition gain nothing from two, and wait long for
+/// each other where a machine is shared.
+class LowRankCodec : public ::testing::Test {
+ protected:
+  LowRankCodec() { at::set_num_threads(1); }
+  ~LowRankCodec() override { at::set_num_threads(threads_); }
+
+ private:
+  int threads_ = at::get_num_threads();
+};
+
+TEST_F(LowRankCodec, IsAsGoodAsTheBestOfItsRank) {
   torch::manual_seed(0);
   const at::Tensor falling = at::pow(0.8, torch::arange(150, at::kDouble));
   const at::Tensor slowly = 1 / torch::arange(1, 151, at::kDouble);
@@ -67,7 +78,7 @@ TEST(LowRank, IsAsGoodAsTheBestOfItsRank) {
   }
 }
 
-TEST(LowRank, NeedsItsPowerSteps) {
+TEST_F(LowRankCodec, NeedsItsPowerSteps) {
   // The error of a sketch without power steps on a flat spectrum is far from the best: what the
   // test above asserts is not given by the sizes alone.
   torch::manual_seed(0);
@@ -78,7 +89,7 @@ TEST(LowRank, NeedsItsPowerSteps) {
   EXPECT_GT(sketched, smallest_error(values, 16) * 1.02);
 }
 
-TEST(LowRank, RecoversWhatIsOfItsRank) {
+TEST_F(LowRankCodec, RecoversWhatIsOfItsRank) {
   torch::manual_seed(1);
   const at::Tensor values = matrix_of(90, 120, torch::linspace(1, 5, 6, at::kDouble));
   EXPECT_LE(error_of<LowRank<6>>(values), 1e-13 * values.norm().item<double>());
@@ -93,7 +104,7 @@ TEST(LowRank, RecoversWhatIsOfItsRank) {
             8 * 0x1p-24 * at::linalg_svdvals(floats)[0].item<double>());
 }
 
-TEST(LowRank, ErrsLessThanItsBound) {
+TEST_F(LowRankCodec, ErrsLessThanItsBound) {
   torch::manual_seed(2);
   for (at::ScalarType type : {at::kFloat, at::kDouble, at::kBFloat16, at::kHalf})
     for (auto [rows, columns] : {std::pair<int, int>{3, 3}, {3, 70}, {70, 3}, {64, 65}, {130, 90}})
@@ -113,7 +124,7 @@ TEST(LowRank, ErrsLessThanItsBound) {
       }
 }
 
-TEST(LowRank, StandsExtremesOfRange) {
+TEST_F(LowRankCodec, StandsExtremesOfRange) {
   torch::manual_seed(3);
   for (double scale : {1e-300, 1e-160, 1e160, 1e300}) {
     const at::Tensor values = torch::randn({40, 30}, at::kDouble) * scale;
@@ -127,7 +138,7 @@ TEST(LowRank, StandsExtremesOfRange) {
   EXPECT_TRUE(torch::equal(LowRank<4>{}.decompress(LowRank<4>{}.compress(zeros)), zeros));
 }
 
-TEST(LowRank, RepeatsAndLeavesTheGeneratorAlone) {
+TEST_F(LowRankCodec, RepeatsAndLeavesTheGeneratorAlone) {
   torch::manual_seed(4);
   const at::Tensor values = torch::randn({100, 80});
   const at::Tensor before = at::globalContext().defaultGenerator(at::kCPU).get_state();
@@ -137,7 +148,7 @@ TEST(LowRank, RepeatsAndLeavesTheGeneratorAlone) {
   EXPECT_TRUE(torch::equal(once.buffers[1], twice.buffers[1]));
 }
 
-TEST(LowRank, HoldsTwoBalancedFactors) {
+TEST_F(LowRankCodec, HoldsTwoBalancedFactors) {
   torch::manual_seed(5);
   const auto packed = LowRank<5>{}.compress(torch::randn({12, 3, 4, 2}).to(at::kBFloat16));
   ASSERT_EQ(packed.buffers.size(), 2U);
@@ -153,7 +164,7 @@ TEST(LowRank, HoldsTwoBalancedFactors) {
   EXPECT_EQ(payload->codec(), "LowRank/5");
 }
 
-TEST(LowRank, DecodesAnyRangeAsTheWhole) {
+TEST_F(LowRankCodec, DecodesAnyRangeAsTheWhole) {
   torch::manual_seed(6);
   for (at::ScalarType type : {at::kFloat, at::kDouble, at::kBFloat16, at::kHalf}) {
     auto packed = LowRank<3>{}.compress(torch::randn({7, 45}).to(type));
@@ -170,7 +181,7 @@ TEST(LowRank, DecodesAnyRangeAsTheWhole) {
   }
 }
 
-TEST(LowRank, GivesTheSameProductByAnyInstructions) {
+TEST_F(LowRankCodec, GivesTheSameProductByAnyInstructions) {
   torch::manual_seed(7);
   const at::Tensor left = torch::randn({9, 5}), right = torch::randn({5, 77});
   const at::Tensor scalar =
@@ -182,7 +193,7 @@ TEST(LowRank, GivesTheSameProductByAnyInstructions) {
   EXPECT_TRUE(at::allclose(scalar, at::mm(left, right), 1e-5, 1e-5));
 }
 
-TEST(LowRank, ReadsStridedValues) {
+TEST_F(LowRankCodec, ReadsStridedValues) {
   torch::manual_seed(8);
   const at::Tensor values = torch::randn({40, 30});
   const auto a = LowRank<4>{}.compress(values.t()),
@@ -192,7 +203,7 @@ TEST(LowRank, ReadsStridedValues) {
   EXPECT_FALSE(LowRank<4>{}.compress(trained).buffers[0].requires_grad());
 }
 
-TEST(LowRank, RefusesWhatItCannotFactorise) {
+TEST_F(LowRankCodec, RefusesWhatItCannotFactorise) {
   EXPECT_THAT(message([] {
                 (void)LowRank<8>{}.compress(torch::randn({7, 3, 4}));
               }),
