@@ -69,13 +69,12 @@ inline std::vector<at::Tensor> group_int_compress(IntFormat f, const at::Tensor&
   }
   at::Tensor codes = at::empty({ceil_div(n * f.bits, 8)}, options.dtype(at::kByte));
   at::Tensor words = at::empty({ceil_div(n, f.group)}, options.dtype(at::kInt));
-  const std::optional<PhiloxStream> stream =
-      key ? std::optional(philox_stream(*key)) : std::optional<PhiloxStream>();
+  const PhiloxRounds rounds(philox_stream(key.value_or(Key{})));
   const at::Tensor input = flat.scalar_type() == at::kDouble ? flat.to(at::kFloat) : flat;
   visit_float(input.scalar_type(), name, [&]<class T>(std::type_identity<T>) {
     if constexpr (!std::is_same_v<T, double>) {
       const std::int64_t refused =
-          encode_all(f, input.const_data_ptr<T>(), n, stream ? &*stream : nullptr,
+          encode_all(f, input.const_data_ptr<T>(), n, key ? &rounds : nullptr,
                      codes.mutable_data_ptr<std::uint8_t>(),
                      reinterpret_cast<std::uint32_t*>(words.mutable_data_ptr<std::int32_t>()), isa);
       if (!key && refused < words.numel()) refuse_nonfinite(f, flat);

@@ -28,6 +28,9 @@
 #include <cfloat>
 #include <cstdint>
 
+/// Inlined into the vector loops, these are compiled for the loop's instructions.
+#define FOURFOLD_INLINE [[gnu::always_inline]] inline
+
 namespace fourfold::inline v0 {
 
 /// `group` consecutive values share a word; `bits` is 8, 4 or 2.
@@ -70,7 +73,7 @@ FOURFOLD_HOST_DEVICE constexpr std::uint32_t bf16_nearest(float x) {
 }
 
 /// x to the nearest integer, ties to even; |x| < 2^31.
-FOURFOLD_HOST_DEVICE inline std::int32_t round_to_int(float x) {
+FOURFOLD_HOST_DEVICE FOURFOLD_INLINE std::int32_t round_to_int(float x) {
 #if defined(__CUDA_ARCH__)
   return __float2int_rn(x);
 #else
@@ -80,7 +83,7 @@ FOURFOLD_HOST_DEVICE inline std::int32_t round_to_int(float x) {
 
 /// The word of a group whose least and largest values are lo and hi (order of equal values and the
 /// sign of zero do not matter). Pass a NaN for either if the group holds one.
-FOURFOLD_HOST_DEVICE inline std::uint32_t group_word(IntFormat f, float lo, float hi) {
+FOURFOLD_HOST_DEVICE FOURFOLD_INLINE std::uint32_t group_word(IntFormat f, float lo, float hi) {
   if (!(lo >= -FLT_MAX && hi <= FLT_MAX)) return kNanWord;
   const float top = static_cast<float>(levels(f));
   if (f.symmetric) {
@@ -110,7 +113,7 @@ FOURFOLD_HOST_DEVICE constexpr GroupDecoder group_decoder(IntFormat f, std::uint
   if (f.symmetric) return {std::bit_cast<float>(word), 0.0F, zero_code(f)};
   return {bf16_to_float(word & 0xFFFFu), std::bit_cast<float>(word & 0xFFFF0000u), 0};
 }
-FOURFOLD_HOST_DEVICE inline float decode(const GroupDecoder& group, std::uint32_t code) {
+FOURFOLD_HOST_DEVICE FOURFOLD_INLINE float decode(const GroupDecoder& group, std::uint32_t code) {
   return fma(static_cast<float>(static_cast<std::int32_t>(code) - group.zero), group.scale,
              group.minimum);
 }
@@ -123,8 +126,9 @@ struct GroupEncoder {
   std::int32_t zero = 0;                      ///< added to the rounded steps
 };
 /// With `stochastic`, steps and zero are in units of 2^-16 of a step.
-FOURFOLD_HOST_DEVICE constexpr GroupEncoder group_encoder(IntFormat f, std::uint32_t word,
-                                                          bool stochastic) {
+FOURFOLD_HOST_DEVICE FOURFOLD_INLINE constexpr GroupEncoder group_encoder(IntFormat f,
+                                                                          std::uint32_t word,
+                                                                          bool stochastic) {
   const GroupDecoder group = group_decoder(f, word);
   const float unit = stochastic ? 65536.0F : 1.0F;
   GroupEncoder e;
@@ -139,20 +143,22 @@ FOURFOLD_HOST_DEVICE constexpr GroupEncoder group_encoder(IntFormat f, std::uint
 }
 
 /// The rounded steps of a finite value: a code, or with a stochastic encoder 65536 times one.
-FOURFOLD_HOST_DEVICE inline std::int32_t encode_steps(const GroupEncoder& e, float value) {
+FOURFOLD_HOST_DEVICE FOURFOLD_INLINE std::int32_t encode_steps(const GroupEncoder& e, float value) {
   float steps = fma(value, e.spread, e.offset) * e.inverse;
   steps = steps > e.lowest ? steps : e.lowest;
   steps = steps < e.highest ? steps : e.highest;
   return round_to_int(steps) + e.zero;
 }
 /// The nearest code (ties to the even number of steps).
-FOURFOLD_HOST_DEVICE inline std::uint32_t encode_nearest(const GroupEncoder& e, float value) {
+FOURFOLD_HOST_DEVICE FOURFOLD_INLINE std::uint32_t encode_nearest(const GroupEncoder& e,
+                                                                  float value) {
   return static_cast<std::uint32_t>(encode_steps(e, value));
 }
 /// One of the two codes around value; `bits` are 16 random ones. The encoder must be a stochastic
 /// one.
-FOURFOLD_HOST_DEVICE inline std::uint32_t encode_stochastic(const GroupEncoder& e, float value,
-                                                            std::uint32_t bits) {
+FOURFOLD_HOST_DEVICE FOURFOLD_INLINE std::uint32_t encode_stochastic(const GroupEncoder& e,
+                                                                     float value,
+                                                                     std::uint32_t bits) {
   return (static_cast<std::uint32_t>(encode_steps(e, value)) + bits) >> 16;
 }
 

@@ -74,35 +74,34 @@ FOURFOLD_AVX2 inline std::uint32_t word_of(IntFormat f, const T* values, std::in
 
 /// 16 random bits for each of 32 values, as four vectors of 8 words.
 struct Random32 {
-  __m256i word[4];
+  __m256i word0, word1, word2, word3;
 };
 
 /// Blocks first ... first + 3 of the stream, one in each 64-bit lane, of which the lower half
 /// counts: so one multiplication gives both halves of a product. Lanes hold the blocks in the order
 /// that makes the final interleaving come out in order.
-FOURFOLD_AVX2 inline Random32 random32(const PhiloxStream& stream, std::uint64_t first) {
+FOURFOLD_AVX2 inline Random32 random32(const PhiloxRounds& rounds, std::uint64_t first) {
   const __m256i counter = _mm256_add_epi64(_mm256_set1_epi64x(static_cast<long long>(first)),
                                            _mm256_setr_epi64x(0, 2, 1, 3));
   const __m256i m0 = _mm256_set1_epi64x(0xD2511F53), m1 = _mm256_set1_epi64x(0xCD9E8D57);
   __m256i c0 = counter, c1 = _mm256_srli_epi64(counter, 32);
-  __m256i c2 = _mm256_set1_epi64x(static_cast<long long>(stream.high));
+  __m256i c2 = _mm256_set1_epi64x(static_cast<long long>(rounds.stream.high));
   __m256i c3 = _mm256_srli_epi64(c2, 32);
-  auto k0 = static_cast<std::uint32_t>(stream.key);
-  auto k1 = static_cast<std::uint32_t>(stream.key >> 32);
   for (int round = 0; round < 10; ++round) {
     const __m256i a = _mm256_mul_epu32(m0, c0), b = _mm256_mul_epu32(m1, c2);
-    c0 = _mm256_xor_si256(_mm256_srli_epi64(b, 32), _mm256_xor_si256(c1, _mm256_set1_epi64x(k0)));
-    c2 = _mm256_xor_si256(_mm256_srli_epi64(a, 32), _mm256_xor_si256(c3, _mm256_set1_epi64x(k1)));
+    const __m256i k0 = _mm256_set1_epi64x(rounds.key0[round]);
+    const __m256i k1 = _mm256_set1_epi64x(rounds.key1[round]);
+    c0 = _mm256_xor_si256(_mm256_srli_epi64(b, 32), _mm256_xor_si256(c1, k0));
+    c2 = _mm256_xor_si256(_mm256_srli_epi64(a, 32), _mm256_xor_si256(c3, k1));
     c1 = b, c3 = a;
-    k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
   }
   const __m256i c01 = _mm256_blend_epi32(c0, _mm256_slli_epi64(c1, 32), 0xAA);
   const __m256i c23 = _mm256_blend_epi32(c2, _mm256_slli_epi64(c3, 32), 0xAA);
   const __m256i low = _mm256_unpacklo_epi64(c01, c23), high = _mm256_unpackhi_epi64(c01, c23);
-  return {{_mm256_cvtepu16_epi32(_mm256_castsi256_si128(low)),
-           _mm256_cvtepu16_epi32(_mm256_extracti128_si256(low, 1)),
-           _mm256_cvtepu16_epi32(_mm256_castsi256_si128(high)),
-           _mm256_cvtepu16_epi32(_mm256_extracti128_si256(high, 1))}};
+  return {_mm256_cvtepu16_epi32(_mm256_castsi256_si128(low)),
+          _mm256_cvtepu16_epi32(_mm256_extracti128_si256(low, 1)),
+          _mm256_cvtepu16_epi32(_mm256_castsi256_si128(high)),
+          _mm256_cvtepu16_epi32(_mm256_extracti128_si256(high, 1))};
 }
 
 struct Encoder {
@@ -143,17 +142,19 @@ FOURFOLD_AVX2 inline void store_codes(int bits, std::uint8_t* out, __m256i codes
 /// Codes of 32 values, whose first has the index `first` (a multiple of 8).
 template <class T>
 FOURFOLD_AVX2 inline void encode32(int bits, const Encoder& e, const T* values,
-                                   const PhiloxStream* stream, std::int64_t first,
+                                   const PhiloxRounds* rounds, std::int64_t first,
                                    std::uint8_t* out) {
-  __m256i q[4];
-  for (int k = 0; k < 4; ++k) q[k] = steps(e, load(values + 8 * k));
-  if (stream != nullptr) {
-    const Random32 random = random32(*stream, static_cast<std::uint64_t>(first) / 8);
-    for (int k = 0; k < 4; ++k)
-      q[k] = _mm256_srli_epi32(_mm256_add_epi32(q[k], random.word[k]), 16);
+  __m256i q0 = steps(e, load(values)), q1 = steps(e, load(values + 8));
+  __m256i q2 = steps(e, load(values + 16)), q3 = steps(e, load(values + 24));
+  if (rounds != nullptr) {
+    const Random32 random = random32(*rounds, static_cast<std::uint64_t>(first) / 8);
+    q0 = _mm256_srli_epi32(_mm256_add_epi32(q0, random.word0), 16);
+    q1 = _mm256_srli_epi32(_mm256_add_epi32(q1, random.word1), 16);
+    q2 = _mm256_srli_epi32(_mm256_add_epi32(q2, random.word2), 16);
+    q3 = _mm256_srli_epi32(_mm256_add_epi32(q3, random.word3), 16);
   }
   const __m256i bytes =
-      _mm256_packus_epi16(_mm256_packus_epi32(q[0], q[1]), _mm256_packus_epi32(q[2], q[3]));
+      _mm256_packus_epi16(_mm256_packus_epi32(q0, q1), _mm256_packus_epi32(q2, q3));
   store_codes(bits, out,
               _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7)));
 }
@@ -161,14 +162,14 @@ FOURFOLD_AVX2 inline void encode32(int bits, const Encoder& e, const T* values,
 /// Codes of `count` values of one group, whose first has the index `first` (a multiple of 8).
 template <class T>
 FOURFOLD_AVX2 inline void encode_group(IntFormat f, std::uint32_t word, const T* values,
-                                       std::int64_t count, const PhiloxStream* stream,
+                                       std::int64_t count, const PhiloxRounds* rounds,
                                        std::int64_t first, std::uint8_t* codes) {
-  const Encoder e = broadcast(group_encoder(f, word, stream != nullptr));
+  const Encoder e = broadcast(group_encoder(f, word, rounds != nullptr));
   std::int64_t i = 0;
   for (; i + 32 <= count; i += 32)
-    encode32(f.bits, e, values + i, stream, first + i, codes + i * f.bits / 8);
+    encode32(f.bits, e, values + i, rounds, first + i, codes + i * f.bits / 8);
   if (i < count)
-    encode_group_scalar(f, word, values + i, count - i, stream, first + i, codes + i * f.bits / 8);
+    encode_group_scalar(f, word, values + i, count - i, rounds, first + i, codes + i * f.bits / 8);
 }
 
 /// 8 codes from `Bits` bytes, one a lane.

@@ -6,8 +6,8 @@
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
 #include <immintrin.h>
+#include <fourfold/codec/detail/group_int_scalar.hpp>
 #include <fourfold/codec/int_code.hpp>
-#include <fourfold/core/random.hpp>
 
 #include <algorithm>
 #include <cstdint>
@@ -78,35 +78,34 @@ FOURFOLD_AVX512 inline std::uint32_t word_of(IntFormat f, const T* values, std::
 
 /// 16 random bits for each of 64 values, as four vectors of 16 words.
 struct Random64 {
-  __m512i word[4];
+  __m512i word0, word1, word2, word3;
 };
 
 /// Blocks first ... first + 7 of the stream, one in each 64-bit lane, of which the lower half
 /// counts: so one multiplication gives both halves of a product. Lanes hold the blocks in the order
 /// that makes the final interleaving come out in order.
-FOURFOLD_AVX512 inline Random64 random64(const PhiloxStream& stream, std::uint64_t first) {
+FOURFOLD_AVX512 inline Random64 random64(const PhiloxRounds& rounds, std::uint64_t first) {
   const __m512i counter = _mm512_add_epi64(_mm512_set1_epi64(static_cast<long long>(first)),
                                            _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7));
   const __m512i m0 = _mm512_set1_epi64(0xD2511F53), m1 = _mm512_set1_epi64(0xCD9E8D57);
   __m512i c0 = counter, c1 = _mm512_srli_epi64(counter, 32);
-  __m512i c2 = _mm512_set1_epi64(static_cast<long long>(stream.high));
+  __m512i c2 = _mm512_set1_epi64(static_cast<long long>(rounds.stream.high));
   __m512i c3 = _mm512_srli_epi64(c2, 32);
-  auto k0 = static_cast<std::uint32_t>(stream.key);
-  auto k1 = static_cast<std::uint32_t>(stream.key >> 32);
   for (int round = 0; round < 10; ++round) {
     const __m512i a = _mm512_mul_epu32(m0, c0), b = _mm512_mul_epu32(m1, c2);
-    c0 = _mm512_ternarylogic_epi64(_mm512_srli_epi64(b, 32), c1, _mm512_set1_epi64(k0), 0x96);
-    c2 = _mm512_ternarylogic_epi64(_mm512_srli_epi64(a, 32), c3, _mm512_set1_epi64(k1), 0x96);
+    const __m512i k0 = _mm512_set1_epi64(rounds.key0[round]);
+    const __m512i k1 = _mm512_set1_epi64(rounds.key1[round]);
+    c0 = _mm512_ternarylogic_epi64(_mm512_srli_epi64(b, 32), c1, k0, 0x96);  // 0x96: x ^ y ^ z
+    c2 = _mm512_ternarylogic_epi64(_mm512_srli_epi64(a, 32), c3, k1, 0x96);
     c1 = b, c3 = a;
-    k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
   }
   const __m512i c01 = _mm512_mask_shuffle_epi32(c0, 0xAAAA, c1, _MM_PERM_CCAA);
   const __m512i c23 = _mm512_mask_shuffle_epi32(c2, 0xAAAA, c3, _MM_PERM_CCAA);
   const __m512i low = _mm512_unpacklo_epi64(c01, c23), high = _mm512_unpackhi_epi64(c01, c23);
-  return {{_mm512_cvtepu16_epi32(_mm512_castsi512_si256(low)),
-           _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(low, 1)),
-           _mm512_cvtepu16_epi32(_mm512_castsi512_si256(high)),
-           _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(high, 1))}};
+  return {_mm512_cvtepu16_epi32(_mm512_castsi512_si256(low)),
+          _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(low, 1)),
+          _mm512_cvtepu16_epi32(_mm512_castsi512_si256(high)),
+          _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(high, 1))};
 }
 
 struct Encoder {
@@ -118,6 +117,7 @@ FOURFOLD_AVX512 inline Encoder broadcast(const GroupEncoder& e) {
           _mm512_set1_ps(e.lowest), _mm512_set1_ps(e.highest), _mm512_set1_epi32(e.zero)};
 }
 
+/// 16 codes (nearest) or 65536 times them (stochastic).
 FOURFOLD_AVX512 inline __m512i steps(const Encoder& e, __m512 v) {
   __m512 t = _mm512_mul_ps(_mm512_fmadd_ps(v, e.spread, e.offset), e.inverse);
   t = _mm512_min_ps(_mm512_max_ps(t, e.lowest), e.highest);
@@ -143,21 +143,24 @@ FOURFOLD_AVX512 inline void store_codes(int bits, std::uint8_t* out, __m512i cod
 /// Codes of `count` values of one group, whose first has the index `first` (a multiple of 8).
 template <class T>
 FOURFOLD_AVX512 inline void encode_group(IntFormat f, std::uint32_t word, const T* values,
-                                         std::int64_t count, const PhiloxStream* stream,
+                                         std::int64_t count, const PhiloxRounds* rounds,
                                          std::int64_t first, std::uint8_t* codes) {
-  const Encoder e = broadcast(group_encoder(f, word, stream != nullptr));
+  const Encoder e = broadcast(group_encoder(f, word, rounds != nullptr));
   const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
   for (std::int64_t i = 0; i < count; i += 64) {
     const std::int64_t left = count - i;
-    __m512i q[4];
-    for (int k = 0; k < 4; ++k) q[k] = steps(e, load(values + i + 16 * k, lanes(left - 16 * k)));
-    if (stream != nullptr) {
-      const Random64 random = random64(*stream, static_cast<std::uint64_t>(first + i) / 8);
-      for (int k = 0; k < 4; ++k)
-        q[k] = _mm512_srli_epi32(_mm512_add_epi32(q[k], random.word[k]), 16);
+    __m512i q0 = steps(e, load(values + i, lanes(left)));
+    __m512i q1 = steps(e, load(values + i + 16, lanes(left - 16)));
+    __m512i q2 = steps(e, load(values + i + 32, lanes(left - 32)));
+    __m512i q3 = steps(e, load(values + i + 48, lanes(left - 48)));
+    if (rounds != nullptr) {
+      const Random64 random = random64(*rounds, static_cast<std::uint64_t>(first + i) / 8);
+      q0 = _mm512_srli_epi32(_mm512_add_epi32(q0, random.word0), 16);
+      q1 = _mm512_srli_epi32(_mm512_add_epi32(q1, random.word1), 16);
+      q2 = _mm512_srli_epi32(_mm512_add_epi32(q2, random.word2), 16);
+      q3 = _mm512_srli_epi32(_mm512_add_epi32(q3, random.word3), 16);
     }
-    __m512i bytes =
-        _mm512_packus_epi16(_mm512_packus_epi32(q[0], q[1]), _mm512_packus_epi32(q[2], q[3]));
+    __m512i bytes = _mm512_packus_epi16(_mm512_packus_epi32(q0, q1), _mm512_packus_epi32(q2, q3));
     bytes = _mm512_permutexvar_epi32(order, bytes);
     std::uint8_t* out = codes + i * f.bits / 8;
     if (left >= 64) {

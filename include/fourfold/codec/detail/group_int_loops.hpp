@@ -23,7 +23,7 @@ constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b 
 /// One group of n values, by the instructions of `I`: its word, or kNanWord and codes of 0.
 template <Isa I, class T>
 std::uint32_t encode_one_group(IntFormat f, const T* values, std::int64_t count,
-                               const PhiloxStream* stream, std::int64_t first,
+                               const PhiloxRounds* rounds, std::int64_t first,
                                std::uint8_t* codes) {
   std::uint32_t word = 0;
 #if defined(__x86_64__)
@@ -37,11 +37,11 @@ std::uint32_t encode_one_group(IntFormat f, const T* values, std::int64_t count,
   }
 #if defined(__x86_64__)
   if constexpr (I == Isa::kAvx512)
-    avx512::encode_group(f, word, values, count, stream, first, codes);
-  if constexpr (I == Isa::kAvx2) avx2::encode_group(f, word, values, count, stream, first, codes);
+    avx512::encode_group(f, word, values, count, rounds, first, codes);
+  if constexpr (I == Isa::kAvx2) avx2::encode_group(f, word, values, count, rounds, first, codes);
 #endif
   if constexpr (I == Isa::kScalar)
-    encode_group_scalar(f, word, values, count, stream, first, codes);
+    encode_group_scalar(f, word, values, count, rounds, first, codes);
   return word;
 }
 
@@ -49,13 +49,13 @@ std::uint32_t encode_one_group(IntFormat f, const T* values, std::int64_t count,
 /// infinity, or `last`.
 template <Isa I, class T>
 std::int64_t encode_groups(IntFormat f, const T* values, std::int64_t n, std::int64_t first,
-                           std::int64_t last, const PhiloxStream* stream, std::uint8_t* codes,
+                           std::int64_t last, const PhiloxRounds* rounds, std::uint8_t* codes,
                            std::uint32_t* words) {
   std::int64_t refused = last;
   for (std::int64_t g = first; g < last; ++g) {
     const std::int64_t begin = g * f.group, count = std::min<std::int64_t>(f.group, n - begin);
     words[g] =
-        encode_one_group<I>(f, values + begin, count, stream, begin, codes + begin * f.bits / 8);
+        encode_one_group<I>(f, values + begin, count, rounds, begin, codes + begin * f.bits / 8);
     if (words[g] == kNanWord && refused == last) refused = g;
   }
   return refused;
@@ -105,13 +105,13 @@ void decode_values(IntFormat f, const std::uint8_t* codes, const std::uint32_t* 
 
 /// encode_groups of all groups, on all threads.
 template <class T>
-std::int64_t encode_all(IntFormat f, const T* values, std::int64_t n, const PhiloxStream* stream,
+std::int64_t encode_all(IntFormat f, const T* values, std::int64_t n, const PhiloxRounds* rounds,
                         std::uint8_t* codes, std::uint32_t* words, Isa isa) {
   const std::int64_t groups = ceil_div(n, f.group);
   std::atomic<std::int64_t> refused{groups};
   const auto piece = [&](std::int64_t first, std::int64_t last) {
     const std::int64_t found = visit_isa(isa, [&](auto i) {
-      return encode_groups<i()>(f, values, n, first, last, stream, codes, words);
+      return encode_groups<i()>(f, values, n, first, last, rounds, codes, words);
     });
     std::int64_t before = refused.load();
     while (found < last && found < before && !refused.compare_exchange_weak(before, found)) {

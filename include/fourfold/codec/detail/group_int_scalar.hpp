@@ -4,11 +4,24 @@
 #include <fourfold/codec/int_code.hpp>
 #include <fourfold/core/random.hpp>
 
-#include <algorithm>
+#include <array>
 #include <cstdint>
 #include <limits>
+#include <type_traits>
 
 namespace fourfold::inline v0::detail {
+
+/// A stream with its round keys laid out, so that vector loops load them rather than compute them.
+struct PhiloxRounds {
+  PhiloxStream stream;
+  std::array<std::uint64_t, 10> key0, key1;
+  explicit PhiloxRounds(const PhiloxStream& from) : stream(from) {
+    auto k0 = static_cast<std::uint32_t>(from.key);
+    auto k1 = static_cast<std::uint32_t>(from.key >> 32);
+    for (std::size_t round = 0; round < 10; ++round, k0 += 0x9E3779B9u, k1 += 0xBB67AE85u)
+      key0[round] = k0, key1[round] = k1;
+  }
+};
 
 /// The word of `count` >= 1 values.
 template <class T>
@@ -24,19 +37,19 @@ std::uint32_t group_word_scalar(IntFormat f, const T* values, std::int64_t count
 }
 
 /// Codes of `count` values of one group, whose first has the index `first` (a multiple of 8).
-/// `stream` null: nearest. Fills ceil(count * bits / 8) bytes.
+/// `rounds` null: nearest. Fills ceil(count * bits / 8) bytes.
 template <class T>
 void encode_group_scalar(IntFormat f, std::uint32_t word, const T* values, std::int64_t count,
-                         const PhiloxStream* stream, std::int64_t first, std::uint8_t* codes) {
+                         const PhiloxRounds* rounds, std::int64_t first, std::uint8_t* codes) {
   const int per_byte = 8 / f.bits;
-  const GroupEncoder encoder = group_encoder(f, word, stream != nullptr);
+  const GroupEncoder encoder = group_encoder(f, word, rounds != nullptr);
   std::array<std::uint32_t, 4> block{};
   for (std::int64_t i = 0; i < count; ++i) {
-    if (stream != nullptr && i % 8 == 0)
-      block = philox(*stream, static_cast<std::uint64_t>(first + i) / 8);
+    if (rounds != nullptr && i % 8 == 0)
+      block = philox(rounds->stream, static_cast<std::uint64_t>(first + i) / 8);
     const float value = static_cast<float>(values[i]);
     const std::uint32_t code =
-        stream == nullptr
+        rounds == nullptr
             ? encode_nearest(encoder, value)
             : encode_stochastic(encoder, value, (block[(i % 8) / 2] >> (16 * (i % 2))) & 0xFFFFu);
     std::uint8_t& byte = codes[i / per_byte];
