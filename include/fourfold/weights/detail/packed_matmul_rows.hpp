@@ -203,38 +203,56 @@ inline void multiply_rows_transposed(Isa isa, const float* x, std::int64_t m, co
   });
 }
 
+/// Into how many parts the rows of an (n, k) weight are cut when they are what is summed over.
+/// Fixed by the sizes, so that sums do not depend on the number of threads.
+constexpr std::int64_t row_parts(std::int64_t n, std::int64_t k) {
+  return n * k < (1 << 18) || n < 64 ? 1 : n * k < (1 << 20) ? 4 : 16;
+}
+
+/// out (m, k) += rows [first, last) of W times their columns of x (m, n).
+inline void add_rows(Isa isa, const float* x, std::int64_t m, const Payload& weight,
+                     std::int64_t first, std::int64_t last, float* out) {
+  const std::int64_t n = weight.sizes()[0], k = weight.sizes()[1];
+  const std::int64_t width = std::min(kRowColumns, k);
+  std::vector<float> rows(static_cast<std::size_t>(kRowBlock * width));
+  std::vector<float> left(static_cast<std::size_t>(kRowBlock * m));
+  for (std::int64_t j = first; j < last; j += kRowBlock) {
+    const std::int64_t count = std::min(kRowBlock, last - j);
+    for (std::int64_t i = 0; i < m; ++i) {
+      float* to = left.data() + i * kRowBlock;
+      std::fill(std::copy_n(x + i * n + j, count, to), to + kRowBlock, 0.0F);
+    }
+    for (std::int64_t start = 0; start < k; start += width) {
+      const std::int64_t columns = std::min(width, k - start);
+      decode_rectangle(weight, j, count, start, columns, rows.data());
+      if (count < kRowBlock)  // rows that are not there: zeros of x times zeros
+        std::fill(rows.begin() + count * columns, rows.end(), 0.0F);
+      add_block(isa, left.data(), kRowBlock, m, rows.data(), columns, columns, out + start, k);
+    }
+  }
+}
+
 /// out (m, k) = x (m, n) W, all contiguous fp32, W (n, k) on a CPU.
 inline void multiply_rows(Isa isa, const float* x, std::int64_t m, const Payload& weight,
                           float* out) {
-  const std::int64_t n = weight.sizes()[0], k = weight.sizes()[1];
-  const std::int64_t width =
-      std::clamp<std::int64_t>(ceil_div(ceil_div(k, 8), kPanel) * kPanel, 128, kRowColumns);
-  const std::int64_t grain = std::max<std::int64_t>(1, (1 << 17) / (n * width));
-  at::parallel_for(0, ceil_div(k, width), grain, [&](std::int64_t begin, std::int64_t end) {
-    std::vector<float> rows(static_cast<std::size_t>(kRowBlock * width));
-    std::array<float, kRowBlock * 16> last{};
-    for (std::int64_t first = begin * width; first < std::min(k, end * width); first += width) {
-      const std::int64_t columns = std::min(width, k - first);
-      for (std::int64_t i = 0; i < m; ++i) std::fill_n(out + i * k + first, columns, 0.0F);
-      for (std::int64_t j = 0; j < n; j += kRowBlock) {
-        const std::int64_t count = std::min(kRowBlock, n - j);
-        decode_rectangle(weight, j, count, first, columns, rows.data());
-        const float* left = x + j;
-        std::int64_t stride = n;
-        if (count < kRowBlock) {  // rows that are not there: zeros of x times zeros
-          std::fill(rows.begin() + count * columns, rows.end(), 0.0F);
-          for (std::int64_t i = 0; i < m; ++i)
-            std::copy_n(x + i * n + j, count, last.data() + i * kRowBlock);
-          left = last.data(), stride = kRowBlock;
-        }
-        add_block(isa, left, stride, m, rows.data(), columns, columns, out + first, k);
-      }
-    }
+  const std::int64_t n = weight.sizes()[0], k = weight.sizes()[1], parts = row_parts(n, k);
+  std::fill_n(out, m * k, 0.0F);
+  if (parts == 1) return add_rows(isa, x, m, weight, 0, n, out);
+  const std::int64_t height = ceil_div(ceil_div(n, parts), kRowBlock) * kRowBlock;
+  std::vector<float> sums(static_cast<std::size_t>(parts * m * k));
+  at::parallel_for(0, parts, 1, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t part = begin; part < end; ++part)
+      add_rows(isa, x, m, weight, part * height, std::min(n, (part + 1) * height),
+               sums.data() + part * m * k);
+  });
+  constexpr std::array<float, kRowBlock> ones{1, 1, 1, 1};
+  at::parallel_for(0, m * k, 1 << 13, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t part = 0; part < parts; part += kRowBlock)
+      add_block(isa, ones.data(), kRowBlock, 1, sums.data() + part * m * k + begin, m * k,
+                end - begin, out + begin, m * k);
   });
 }
 
-/// Rows of x up to which the functions above beat the panels; measured with Int4 and fp32 payloads.
+/// Rows of x up to which the functions above beat the panels, as measured.
 inline constexpr std::int64_t kFewRows = 8;
-static_assert(kFewRows <= 16, "multiply_rows keeps a last block for 16 rows");
-
 }  // namespace fourfold::inline v0::detail::packed
