@@ -22,6 +22,13 @@ class Payload {
   [[nodiscard]] virtual std::shared_ptr<const Payload> to(at::Device device,
                                                           at::ScalarType dtype) const = 0;
 
+  /// The same codec, sizes and dtype over other buffers of the same shapes (a clone, a saved file).
+  [[nodiscard]] virtual std::shared_ptr<const Payload> with_buffers(
+      std::vector<at::Tensor> buffers) const {
+    static_cast<void>(buffers);
+    TORCH_CHECK(false, codec(), " cannot be made again from its buffers");
+  }
+
   [[nodiscard]] virtual at::IntArrayRef sizes() const = 0;
   [[nodiscard]] virtual at::ScalarType dtype() const = 0;
   [[nodiscard]] virtual at::Device device() const = 0;
@@ -56,6 +63,11 @@ class CodecPayload final : public Payload {
     for (at::Tensor& buffer : moved.buffers) buffer = buffer.to(device);
     moved.dtype = dtype;
     return std::make_shared<CodecPayload>(std::move(moved));
+  }
+  std::shared_ptr<const Payload> with_buffers(std::vector<at::Tensor> buffers) const override {
+    typename C::Packed same = packed_;
+    same.buffers = std::move(buffers);
+    return std::make_shared<CodecPayload>(std::move(same));
   }
 
   at::IntArrayRef sizes() const override { return packed_.sizes; }

@@ -4,7 +4,6 @@
 ///
 /// Autocast lies below the key. Where it is on, an operator on its list goes to it first: it casts,
 /// which changes a packed tensor's logical dtype alone, and comes back with autocast off.
-#include <ATen/autocast_mode.h>
 #include <ATen/ops/_to_copy_ops.h>
 #include <ATen/ops/addmm_ops.h>
 #include <ATen/ops/bmm_ops.h>
@@ -16,6 +15,7 @@
 #include <ATen/ops/mv_ops.h>
 #include <ATen/ops/to_ops.h>
 #include <ATen/Parallel.h>
+#include <fourfold/torch/autocast.hpp>  // at::autocast::is_autocast_enabled
 #include <fourfold/torch/parameters_convolution.hpp>
 #include <fourfold/torch/parameters_dense.hpp>
 #include <fourfold/torch/parameters_hooks.hpp>
@@ -200,13 +200,11 @@ inline std::shared_ptr<const Payload> independent(const std::shared_ptr<const Pa
   const at::NoGradGuard no_grad;
   const PlaceGuard place(Place::kWeights);
   if (!payload->factorised()) return payload->to(device, dtype);
-  std::shared_ptr<const Payload> made = payload->compress(payload->decompress())->to(device, dtype);
-  for (std::size_t i = 0; i < made->buffers().size(); ++i) {
-    at::Tensor factor = made->buffers()[i];
-    factor.copy_(payload->buffers()[i]);
-    factor.set_requires_grad(payload->buffers()[i].requires_grad());
-  }
-  return made;
+  std::vector<at::Tensor> factors;
+  for (const at::Tensor& factor : payload->buffers())
+    factors.push_back(factor.to(device, factor.scalar_type(), /*non_blocking=*/false, /*copy=*/true)
+                          .set_requires_grad(factor.requires_grad()));
+  return payload->with_buffers(std::move(factors))->to(device, dtype);
 }
 
 inline at::Tensor keep_packed(const at::Tensor& packed,

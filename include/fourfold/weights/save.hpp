@@ -1,0 +1,97 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+/// A model on disk as it is in memory: packed parameters as codes, the others and the buffers
+/// plain.
+///
+///   fourfold::save(*model, "model.4f");     // written beside it first, then renamed: never half
+///   auto again = std::make_shared<MyNet>();
+///   fourfold::load(*again, "model.4f");     // packed where the file is; bit-equal to what was
+///   saved
+///
+/// The model that loads has the same names, sizes and dtypes; a parameter of it is plain, or packed
+/// by the same codec. Any difference, a damaged or truncated file and a file of a newer version are
+/// errors that leave it as it was. Codecs known from the start: Int8, Int4, Nf4; any other is known
+/// once compress_weights<C> has run, or by load<C>(model, path).
+#include <fourfold/codec/group_int.hpp>
+#include <fourfold/codec/nf4.hpp>
+#include <fourfold/weights/load_model.hpp>
+#include <fourfold/weights/saved_model.hpp>
+
+#include <cstdio>
+#include <filesystem>
+#include <fstream>
+#include <system_error>
+#if defined(__unix__) || defined(__APPLE__)
+#include <fcntl.h>
+#include <unistd.h>
+#endif
+
+namespace fourfold::inline v0 {
+
+template <ModuleLike M>
+void save(M&& model, std::ostream& out) {
+  detail::write_model(out, detail::gather(parameters_of(model, "fourfold::save"),
+                                          buffers_of(model, "fourfold::save")));
+  TORCH_CHECK(out.good(),
+              "fourfold::save: the stream refused to take the model; is its disk full?");
+}
+
+namespace detail {
+
+/// Bytes that a crash after the rename must not lose.
+inline void flush_to_disk(const std::filesystem::path& path) {
+#if defined(__unix__) || defined(__APPLE__)
+  if (const int file = ::open(path.c_str(), O_RDONLY); file >= 0) {
+    ::fsync(file);
+    ::close(file);
+  }
+#else
+  static_cast<void>(path);
+#endif
+}
+
+}  // namespace detail
+
+template <ModuleLike M>
+void save(M&& model, const std::filesystem::path& path) {
+  std::filesystem::path beside = path;
+  beside += ".partial";
+  try {
+    std::ofstream out(beside, std::ios::binary | std::ios::trunc);
+    TORCH_CHECK(out.is_open(), "fourfold::save cannot write ", beside.string(),
+                "; does its folder exist, and may it be written?");
+    save(model, out);
+    out.close();
+    TORCH_CHECK(!out.fail(), "fourfold::save could not write all of ", beside.string(),
+                "; is the disk full?");
+    detail::flush_to_disk(beside);
+    std::filesystem::rename(beside, path);
+  } catch (const std::filesystem::filesystem_error& error) {
+    std::error_code ignored;
+    std::filesystem::remove(beside, ignored);
+    TORCH_CHECK(false, "fourfold::save could not put the file in place: ", error.what());
+  } catch (...) {
+    std::error_code ignored;
+    std::filesystem::remove(beside, ignored);
+    throw;
+  }
+}
+
+/// `More`: codecs that the file may hold beside Int8, Int4 and Nf4, such as LowRank<64>.
+template <Codec... More, ModuleLike M>
+void load(M&& model, std::istream& in, const std::string& what = "fourfold::load: the stream") {
+  (register_codec<Int8>(), register_codec<Int4>(), register_codec<Nf4>());
+  (register_codec<More>(), ...);
+  detail::load_model(parameters_of(model, "fourfold::load"), buffers_of(model, "fourfold::load"),
+                     detail::read_model(in, what), what);
+}
+
+template <Codec... More, ModuleLike M>
+void load(M&& model, const std::filesystem::path& path) {
+  std::ifstream in(path, std::ios::binary);
+  TORCH_CHECK(in.is_open(), "fourfold::load cannot open ", path.string(),
+              "; does it exist, and may it be read?");
+  load<More...>(model, in, "fourfold::load: " + path.string());
+}
+
+}  // namespace fourfold::inline v0
