@@ -1,0 +1,153 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+/// The bytes that live now, and the most that ever lived at once, by place. Counted as blocks come
+/// and go; at the instant of the overall peak the places are written down, so that they add up to
+/// it.
+#include <c10/core/StorageImpl.h>
+#include <c10/util/intrusive_ptr.h>
+#include <fourfold/core/peak_bytes.hpp>
+#include <fourfold/core/place.hpp>
+
+#include <algorithm>
+#include <array>
+#include <cstdint>
+#include <mutex>
+#include <unordered_map>
+#include <utility>
+#include <vector>
+
+namespace fourfold::door {
+
+/// One number for each Place.
+using Places = std::array<std::int64_t, kPlaces>;
+
+/// A reading: consistent, taken at one instant.
+struct ByteCount {
+  PeakBytes all;      ///< over all places; `peak` since it was last restarted
+  Places now{};       ///< adds up to all.current
+  Places at_peak{};   ///< adds up to all.peak
+  Places own_peak{};  ///< each place's own maximum: at least at_peak, at another instant perhaps
+  Places total{};     ///< adds up to all.total
+  std::int64_t blocks = 0;  ///< allocations so far, those of zero bytes left out
+};
+
+/// Thread-safe, by one lock: uncontended it costs less than the malloc beside it, and a reading is
+/// of one instant. Storages that are not the allocator's own are adopted and followed by weak
+/// references: a dead one is dropped before anything is read and before a new peak is believed, so
+/// no peak counts bytes that were gone.
+class ByteCounters {
+ public:
+  void add(std::int64_t bytes, Place place) {
+    std::vector<Adopted> dead;  // let go after the lock
+    const std::lock_guard lock(mutex_);
+    add_locked(bytes, place, dead);
+  }
+
+  void subtract(std::int64_t bytes, Place place) {
+    const std::lock_guard lock(mutex_);
+    subtract_locked(bytes, place);
+  }
+
+  /// Moves a block from `from` (the block's own record, changed under the lock) to another place.
+  void move(std::int64_t bytes, Place& from, Place to) {
+    const std::lock_guard lock(mutex_);
+    move_locked(bytes, from, to);
+  }
+
+  /// Follows a living storage that the counters do not know, as if it had been allocated now for
+  /// `place`; one that is followed already is moved to `place`. Counted is its size now: a later
+  /// resize is not seen.
+  void adopt(c10::weak_intrusive_ptr<c10::StorageImpl> storage, Place place) {
+    const c10::StorageImpl* const key = storage._unsafe_get_target();
+    const auto bytes = static_cast<std::int64_t>(key->nbytes());
+    std::vector<Adopted> dead;
+    const std::lock_guard lock(mutex_);
+    const auto known = adopted_.find(key);
+    if (known != adopted_.end())
+      return move_locked(known->second.bytes, known->second.place, place);
+    adopted_.emplace(key, Adopted{std::move(storage), bytes, place});
+    add_locked(bytes, place, dead);
+  }
+
+  /// Whether `storage` is adopted; if so it belongs to `place` from now on.
+  bool move_adopted(const c10::StorageImpl* storage, Place place) {
+    const std::lock_guard lock(mutex_);
+    const auto known = adopted_.find(storage);
+    if (known == adopted_.end()) return false;
+    move_locked(known->second.bytes, known->second.place, place);
+    return true;
+  }
+
+  [[nodiscard]] ByteCount read() {
+    std::vector<Adopted> dead;
+    const std::lock_guard lock(mutex_);
+    drop_dead(dead);
+    return count_;
+  }
+
+  /// The peaks start again from what lives now; the totals go on.
+  void restart_peak() {
+    std::vector<Adopted> dead;
+    const std::lock_guard lock(mutex_);
+    drop_dead(dead);
+    count_.all.peak = count_.all.current;
+    count_.at_peak = count_.own_peak = count_.now;
+  }
+
+ private:
+  struct Adopted {
+    c10::weak_intrusive_ptr<c10::StorageImpl>
+        storage;  // keeps the address from being used again, not the bytes from being freed
+    std::int64_t bytes;
+    Place place;
+  };
+
+  static std::size_t index(Place place) { return static_cast<std::size_t>(place); }
+
+  void add_locked(std::int64_t bytes, Place place, std::vector<Adopted>& dead) {
+    const std::size_t at = index(place);
+    ++count_.blocks;
+    count_.all.total += bytes, count_.total[at] += bytes;
+    count_.all.current += bytes, count_.now[at] += bytes;
+    if (!adopted_.empty() &&
+        (count_.all.current > count_.all.peak || count_.now[at] > count_.own_peak[at]))
+      drop_dead(dead);
+    count_.own_peak[at] = std::max(count_.own_peak[at], count_.now[at]);
+    if (count_.all.current > count_.all.peak) {
+      count_.all.peak = count_.all.current;
+      count_.at_peak = count_.now;
+    }
+  }
+
+  void subtract_locked(std::int64_t bytes, Place place) {
+    count_.all.current -= bytes;
+    count_.now[index(place)] -= bytes;
+  }
+
+  void move_locked(std::int64_t bytes, Place& from, Place to) {
+    const bool at_peak = count_.all.current == count_.all.peak;
+    count_.now[index(from)] -= bytes;
+    count_.now[index(to)] += bytes;
+    from = to;
+    count_.own_peak[index(to)] = std::max(count_.own_peak[index(to)], count_.now[index(to)]);
+    if (at_peak) count_.at_peak = count_.now;  // the instant has not passed
+  }
+
+  void drop_dead(std::vector<Adopted>& dead) {
+    for (auto one = adopted_.begin(); one != adopted_.end();) {
+      if (!one->second.storage.expired()) {
+        ++one;
+        continue;
+      }
+      subtract_locked(one->second.bytes, one->second.place);
+      dead.push_back(std::move(one->second));
+      one = adopted_.erase(one);
+    }
+  }
+
+  std::mutex mutex_;
+  ByteCount count_;
+  std::unordered_map<const c10::StorageImpl*, Adopted> adopted_;
+};
+
+}  // namespace fourfold::door
