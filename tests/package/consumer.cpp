@@ -2,6 +2,7 @@
 /// A user's program, small on purpose: packs a tensor in 8 bits and holds the codec to its own bound.
 #include <fourfold/codec/group_int.hpp>
 
+#include <ATen/TensorOperators.h>
 #include <ATen/ops/linspace.h>
 
 #include <iostream>
