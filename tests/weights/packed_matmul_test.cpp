@@ -4,6 +4,9 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 #include <torch/torch.h>
+#include <fourfold/codec/group_int.hpp>
+#include <fourfold/codec/low_rank.hpp>
+#include <fourfold/codec/nf4.hpp>
 
 #include <atomic>
 #include <cmath>
@@ -14,6 +17,16 @@ namespace fourfold {
 namespace {
 
 using ::testing::HasSubstr;
+
+/// What is compared with needs no threads, and waits long for them where a machine is shared.
+class OneThread {
+ public:
+  OneThread() { at::set_num_threads(1); }
+  ~OneThread() { at::set_num_threads(threads_); }
+
+ private:
+  int threads_ = at::get_num_threads();
+};
 
 /// Any payload, seen from the tile loop: fp32 values that count how they are read.
 class WatchedPayload final : public Payload {
@@ -86,6 +99,7 @@ void expect_product(const at::Tensor& got, const at::Tensor& x, const at::Tensor
 }
 
 TEST(PackedMatmul, EqualsTheDenseProductAtAwkwardSizes) {
+  const OneThread one;
   torch::manual_seed(0);
   for (auto [n, k] : {std::pair<int, int>{1, 1},
                       {3, 5},
@@ -104,7 +118,66 @@ TEST(PackedMatmul, EqualsTheDenseProductAtAwkwardSizes) {
   }
 }
 
+template <class C>
+class PackedMatmulOf : public ::testing::Test {};
+using Codecs = ::testing::Types<Int8, Int4, Int8Symmetric, Int4Symmetric, Nf4>;
+TYPED_TEST_SUITE(PackedMatmulOf, Codecs);
+
+TYPED_TEST(PackedMatmulOf, EqualsTheProductWithTheDecompressedWeight) {
+  const OneThread one;
+  torch::manual_seed(10);
+  // Groups that fit rows, groups that cross them (K = 50, 200, 1), short last groups.
+  for (auto [n, k] : {std::pair<int, int>{1, 128},
+                      {5, 50},
+                      {130, 256},
+                      {37, 200},
+                      {64, 1},
+                      {70, 1152},
+                      {1029, 256}}) {
+    const auto packed = make_payload<TypeParam>(torch::randn({n, k}) + 0.5);
+    const at::Tensor w = packed->decompress();
+    for (int m : {1, 3, 8, 14}) {
+      const at::Tensor x = torch::randn({m, k}), y = torch::randn({m, n});
+      for (Isa isa : available_isas()) {
+        SCOPED_TRACE(testing::Message() << n << " x " << k << ", " << m << " rows, " << name(isa));
+        expect_product(detail::packed::product("packed_linear", x, *packed, true, isa), x, w.t(),
+                       w.t());
+        expect_product(detail::packed::product("packed_matmul", y, *packed, false, isa), y, w, w);
+      }
+    }
+  }
+}
+
+TYPED_TEST(PackedMatmulOf, MultipliesHalfPrecision) {
+  const OneThread one;
+  torch::manual_seed(11);
+  const auto packed = make_payload<TypeParam>(torch::randn({96, 256}));
+  const at::Tensor w = packed->decompress();
+  for (at::ScalarType type : {at::kBFloat16, at::kHalf, at::kDouble})
+    for (int m : {1, 20}) {
+      const at::Tensor x = torch::randn({m, 256}).to(type);
+      expect_product(packed_linear(x, *packed), x, w.t(), w.t());
+    }
+}
+
+TEST(PackedMatmul, MultipliesFactorsOneByOne) {
+  const OneThread one;
+  torch::manual_seed(12);
+  const auto packed = make_payload<LowRank<6>>(torch::randn({50, 70}));
+  const at::Tensor left = packed->buffers()[0], right = packed->buffers()[1];
+  const at::Tensor magnitude = at::mm(left.abs(), right.abs());
+  const at::Tensor w = at::mm(left.to(at::kDouble), right.to(at::kDouble));
+  for (int m : {1, 9, 64}) {
+    const at::Tensor x = torch::randn({m, 70}), y = torch::randn({m, 50});
+    expect_product(packed_linear(x, *packed), x, w.t(), magnitude.t(), /*extra_operations=*/8);
+    expect_product(packed_matmul(y, *packed), y, w, magnitude, /*extra_operations=*/8);
+  }
+  EXPECT_EQ(packed_linear(torch::randn({2, 3, 70}).to(at::kBFloat16), *packed).scalar_type(),
+            at::kBFloat16);
+}
+
 TEST(PackedMatmul, KeepsTheDtypeOfX) {
+  const OneThread one;
   torch::manual_seed(1);
   const at::Tensor w = torch::randn({130, 1100});
   const WatchedPayload packed(w);
@@ -117,6 +190,7 @@ TEST(PackedMatmul, KeepsTheDtypeOfX) {
 }
 
 TEST(PackedMatmul, TakesAnyShapeAndStride) {
+  const OneThread one;
   torch::manual_seed(2);
   const at::Tensor w = torch::randn({6, 10});
   const WatchedPayload packed(w);
@@ -148,15 +222,18 @@ TEST(PackedMatmul, NeverHoldsADenseCopy) {
 TEST(PackedMatmul, IsTheSameOnAnyNumberOfThreads) {
   torch::manual_seed(3);
   const int threads = at::get_num_threads();
-  const at::Tensor w = torch::randn({700, 1300});
-  const WatchedPayload packed(w);
-  for (int m : {1, 3, 70, 600}) {
-    const at::Tensor x = torch::randn({m, 1300}), y = torch::randn({m, 700});
-    at::set_num_threads(1);
-    const at::Tensor forward = packed_linear(x, packed), backward = packed_matmul(y, packed);
-    at::set_num_threads(2);
-    EXPECT_TRUE(torch::equal(forward, packed_linear(x, packed))) << m;
-    EXPECT_TRUE(torch::equal(backward, packed_matmul(y, packed))) << m;
+  for (auto [n, k] : {std::pair<int, int>{700, 1344}, {1100, 1024}, {90, 70}}) {
+    const auto packed = make_payload<Int4>(torch::randn({n, k}));
+    for (int m : {1, 3, 70, 600}) {
+      const at::Tensor x = torch::randn({m, k}), y = torch::randn({m, n});
+      at::set_num_threads(1);
+      const at::Tensor forward = packed_linear(x, *packed), backward = packed_matmul(y, *packed);
+      for (int more : {2, 3}) {
+        at::set_num_threads(more);
+        EXPECT_TRUE(torch::equal(forward, packed_linear(x, *packed))) << m << " on " << more;
+        EXPECT_TRUE(torch::equal(backward, packed_matmul(y, *packed))) << m << " on " << more;
+      }
+    }
   }
   at::set_num_threads(threads);
 }
