@@ -1,0 +1,64 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+/// What the tape needs to know of an operator, looked up once for each.
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <c10/core/DispatchKey.h>
+
+#include <cstddef>
+#include <string_view>
+#include <vector>
+
+namespace fourfold::inline v0::detail {
+
+struct OperatorTraits {
+  std::size_t arguments = 0, results = 0;
+  std::vector<std::size_t> written;  ///< arguments that it writes to, by its schema
+  bool cheap = false;                ///< may run again in place of keeping its result
+  bool casts = false;                ///< its arithmetic depends on autocast
+  bool assembles = false;            ///< its result is filled by later writes (empty, zeros, ...)
+  bool draws_two_values = false;     ///< bernoulli_
+  bool scales_in_place = false;      ///< mul_, div_: two values stay two values
+  bool copies = false;               ///< its result has its argument's values, rounded at most
+  bool sensitive = false;            ///< backward reads the result through exp: softmax
+  bool sign_only = false;            ///< backward reads the sign of the result alone: relu
+
+  OperatorTraits() = default;
+  OperatorTraits(const c10::OperatorHandle& op, const std::vector<std::string_view>& cheap_names) {
+    const c10::FunctionSchema& schema = op.schema();
+    arguments = schema.arguments().size(), results = schema.returns().size();
+    for (std::size_t i = 0; i < arguments; ++i)
+      if (const c10::AliasInfo* alias = schema.arguments()[i].alias_info())
+        if (alias->isWrite()) written.push_back(i);
+    std::string_view name = schema.name();
+    if (!name.starts_with("aten::")) {
+      cheap = allowed(op, name, cheap_names);
+      return;
+    }
+    name.remove_prefix(6);
+    cheap = allowed(op, name, cheap_names);
+    casts = op.hasKernelForDispatchKey(c10::DispatchKey::CompositeImplicitAutograd) ||
+            op.hasKernelForDispatchKey(c10::DispatchKey::AutocastCPU) ||
+            op.hasKernelForDispatchKey(c10::DispatchKey::AutocastCUDA);
+    for (std::string_view stem : {"empty", "zeros", "ones", "full", "new_", "resize"})
+      assembles = assembles || name.starts_with(stem);
+    draws_two_values = name == "bernoulli_";
+    scales_in_place = name == "mul_" || name == "div_";
+    copies = name == "_to_copy" || name == "clone";
+    sensitive = name == "_softmax" || name == "_log_softmax";
+    sign_only = name == "relu" || name == "relu_";
+  }
+
+ private:
+  /// Named, without an argument that it writes to, and the same each time it runs.
+  bool allowed(const c10::OperatorHandle& op, std::string_view name,
+               const std::vector<std::string_view>& names) const {
+    if (!written.empty() || op.hasTag(at::Tag::nondeterministic_seeded)) return false;
+    for (const c10::Argument& result : op.schema().returns())
+      if (result.alias_info() != nullptr) return false;  // a view
+    for (std::string_view one : names)
+      if (one == name || one == op.schema().name()) return true;
+    return false;
+  }
+};
+
+}  // namespace fourfold::inline v0::detail

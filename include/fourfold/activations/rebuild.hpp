@@ -1,0 +1,69 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+/// Whether a result need not be held: what its operator read must be held anyway (or be small, or
+/// follow in the same way), and must not have been written to since.
+#include <fourfold/activations/rebuilt.hpp>
+#include <fourfold/activations/tape.hpp>
+
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <utility>
+#include <vector>
+
+namespace fourfold::inline v0::detail {
+
+inline constexpr std::int64_t kMostBytesCloned = 1 << 16;  ///< of an input that nothing holds
+
+std::shared_ptr<Stored> rebuild(const Tape& tape, const Tape::Origin& origin, std::int64_t version,
+                                int depth);
+
+inline std::optional<Rebuilt::Input> rebuild_input(const Tape& tape, const OperatorCall& call,
+                                                   const OperatorCall::Argument& argument,
+                                                   int depth) {
+  if (!argument.tensor) return Rebuilt::Input{argument.constant, nullptr, {}};
+  if (argument.numel == 0) return std::nullopt;
+  c10::StorageImpl* const key = argument.storage._unsafe_get_target();
+  const Tape::Origin* origin = tape.origin(key);
+  if (!argument.unchanged() || (origin != nullptr && origin->written > call.time))
+    return std::nullopt;
+  const Extent extent(argument.view);
+  if (std::shared_ptr<Stored> held =
+          tape.index()->find(key, argument.version, argument.view.dtype, extent))
+    return Rebuilt::Input{{}, std::move(held), argument.view};
+  if (argument.bytes <= kMostBytesCloned)
+    if (auto alive = argument.storage.lock())
+      return Rebuilt::Input{argument.view.on(c10::Storage(std::move(alive))).clone(), nullptr, {}};
+  if (depth > 1 && origin != nullptr && origin->call != nullptr)
+    if (std::shared_ptr<Stored> result = rebuild(tape, *origin, argument.version, depth - 1))
+      return Rebuilt::Input{{}, std::move(result), argument.view};
+  return std::nullopt;
+}
+
+/// Null where it must be held.
+inline std::shared_ptr<Stored> rebuild(const Tape& tape, const Tape::Origin& origin,
+                                       std::int64_t version, int depth) {
+  const OperatorCall& call = *origin.call;
+  if (origin.result >= call.results.size()) return nullptr;
+  const OperatorCall::Result& result = call.results[origin.result];
+  if (!result.defined || result.version != version || origin.written > origin.time) return nullptr;
+  const std::int64_t bytes =
+      result.values * static_cast<std::int64_t>(c10::elementSize(result.view.dtype));
+  std::vector<Rebuilt::Input> inputs;
+  inputs.reserve(call.arguments.size());
+  std::int64_t cloned = 0;
+  for (const OperatorCall::Argument& argument : call.arguments) {
+    std::optional<Rebuilt::Input> input = rebuild_input(tape, call, argument, depth);
+    if (!input) return nullptr;
+    if (argument.tensor && input->stored == nullptr) cloned += argument.bytes;
+    inputs.push_back(std::move(*input));
+  }
+  if (2 * cloned > bytes) return nullptr;
+  auto rebuilt = std::make_shared<Rebuilt>(tape.index()->use(origin.storage, bytes), origin.call,
+                                           origin.result, std::move(inputs));
+  rebuilt->depend();
+  tape.index()->add(rebuilt);
+  return rebuilt;
+}
+
+}  // namespace fourfold::inline v0::detail

@@ -1,0 +1,143 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+/// A value that is not held: its operator runs again, on what is held anyway.
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/core/grad_mode.h>
+#include <ATen/core/ivalue.h>
+#include <ATen/core/stack.h>
+#include <ATen/ops/empty_strided.h>
+#include <fourfold/activations/stored.hpp>
+
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <utility>
+#include <vector>
+
+namespace fourfold::inline v0::detail {
+
+/// One operator as it ran: its arguments, tensors among them weakly.
+struct OperatorCall {
+  struct Argument {
+    at::IValue constant;  ///< what is not a tensor; a wrapped number; an undefined tensor
+    bool tensor = false;  ///< the rest says which
+    StorageView view;
+    std::int64_t version = 0, numel = 0, bytes = 0;
+    WeakStorage storage{c10::Storage().getWeakStorageImpl()};
+    c10::VariableVersion counter;
+
+    /// Whether the tensor is still what the operator read, as far as versions tell.
+    [[nodiscard]] bool unchanged() const {
+      return !counter.enabled() || counter.current_version() == version;
+    }
+  };
+  struct Result {
+    StorageView view;
+    std::int64_t version = 0, values = 0;  ///< values: of its storage
+    bool defined = false;
+  };
+
+  explicit OperatorCall(const c10::OperatorHandle& handle) : op(handle) {}
+
+  c10::OperatorHandle op;
+  std::vector<Argument> arguments;
+  std::vector<Result> results;
+  std::uint64_t time = 0;  ///< on the tape's clock, when it began
+};
+
+class Rebuilt final : public Stored, public std::enable_shared_from_this<Rebuilt> {
+ public:
+  struct Input {
+    at::IValue constant;             ///< if `stored` is null
+    std::shared_ptr<Stored> stored;  ///< else its view
+    StorageView view;
+  };
+
+  Rebuilt(std::shared_ptr<StorageUse> use, std::shared_ptr<const OperatorCall> call,
+          std::size_t result, std::vector<Input> inputs)
+      : Stored(std::move(use), call->results[result].version, call->results[result].view.dtype,
+               Extent::whole(call->results[result].values)),
+        call_(std::move(call)),
+        result_(result),
+        inputs_(std::move(inputs)) {
+    for (const Input& input : inputs_) {
+      if (input.stored == nullptr) {
+        if (input.constant.isTensor() && input.constant.toTensor().defined())
+          cloned_ += static_cast<std::int64_t>(input.constant.toTensor().nbytes());
+      } else {
+        exact_ = exact_ && input.stored->exact();
+      }
+    }
+    use_->index()->totals().held.add(cloned_);
+  }
+  ~Rebuilt() override { use_->index()->totals().held.add(-cloned_); }
+
+  /// To be told before what it is computed from is written to.
+  void depend() {
+    for (const Input& input : inputs_)
+      if (input.stored != nullptr && input.stored->kind() == StoredAs::kKept)
+        static_cast<Kept&>(*input.stored).add_dependent(weak_from_this());
+  }
+
+  c10::Storage storage() override {
+    const std::lock_guard lock(mutex_);
+    if (held_ != nullptr) return held_->storage();
+    if (auto alive = dense_.lock()) return c10::Storage(std::move(alive));
+    const at::Tensor values = compute();
+    dense_ = values.storage().getWeakStorageImpl();
+    return values.storage();
+  }
+  bool exact() const override { return exact_; }
+  StoredAs kind() const override { return StoredAs::kRebuilt; }
+
+  /// What it is computed from is about to be written to: computed now, and held.
+  void before_input_write() override {
+    const std::lock_guard lock(mutex_);
+    if (held_ != nullptr) return;
+    const PlaceGuard place(Place::kActivations);
+    c10::Storage values;
+    if (auto alive = dense_.lock()) {
+      values = c10::Storage(std::move(alive));
+    } else {
+      try {
+        values = compute().storage();
+      } catch (const c10::Error&) {
+        return;  // an input is gone already, and unpacking will say so
+      }
+    }
+    held_ = std::make_shared<HeldStorage>(std::move(values), use_->index()->shared_totals());
+    use_->index()->totals().materialised.fetch_add(1, std::memory_order_relaxed);
+    inputs_.clear();
+  }
+
+ private:
+  at::Tensor compute() {
+    const door::OperatorsPause pause;
+    const at::NoGradGuard no_grad;
+    const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+    c10::Stack stack;
+    stack.reserve(inputs_.size());
+    for (const Input& input : inputs_)
+      stack.push_back(input.stored ? at::IValue(input.stored->view(input.view)) : input.constant);
+    call_->op.callBoxed(stack);
+    at::Tensor values = std::move(stack.at(result_)).toTensor();
+    const StorageView& expected = call_->results[result_].view;
+    TORCH_INTERNAL_ASSERT(
+        values.scalar_type() == expected.dtype && values.sizes() == at::IntArrayRef(expected.sizes),
+        call_->op.operator_name(), " gave another result when it ran again");
+    if (values.strides() != at::IntArrayRef(expected.strides) || values.storage_offset() != 0)
+      values = at::empty_strided(expected.sizes, expected.strides, values.options()).copy_(values);
+    return values;
+  }
+
+  const std::shared_ptr<const OperatorCall> call_;
+  const std::size_t result_;
+  std::vector<Input> inputs_;
+  std::int64_t cloned_ = 0;
+  bool exact_ = true;
+  std::mutex mutex_;
+  WeakStorage dense_{c10::Storage().getWeakStorageImpl()};
+  std::shared_ptr<HeldStorage> held_;
+};
+
+}  // namespace fourfold::inline v0::detail

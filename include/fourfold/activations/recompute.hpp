@@ -1,0 +1,59 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+/// Recompute<CheapOps>: results of operators that are quicker to run again than to keep.
+///
+/// A saved tensor that such an operator made is not held, if all that the operator read is held
+/// anyway (the input of gelu, silu or layer_norm is, by its own backward), is small, or can be
+/// computed again in the same way. In backward the operator runs again on the same values: losses
+/// and gradients are equal to the bit. With Activations<Codec> beside it, it runs on what the codec
+/// gives back.
+///
+/// An input that is written to in place inside the scope is no trouble: what depends on it is
+/// computed before. Outside of the scope that is LibTorch's error at backward. A result that the
+/// program writes to by a raw pointer (data_ptr, accessor) cannot be seen: keep such operators out.
+#include <fourfold/core/policy.hpp>
+
+#include <array>
+#include <concepts>
+#include <string_view>
+#include <vector>
+
+namespace fourfold::inline v0 {
+
+/// Elementwise operators, activation functions, normalisations of rows, casts and copies: names as
+/// in the dispatcher, all overloads ("aten::" may be left out). An operator that draws random
+/// numbers is never run again, whatever a list says; dropout is the product with its mask.
+struct CheapOps {
+  static constexpr auto kOperators = std::to_array<std::string_view>({
+      "gelu",        "relu",      "relu6",     "silu",        "sigmoid",
+      "tanh",        "elu",       "mish",      "leaky_relu",  "softplus",
+      "hardtanh",    "hardswish", "clamp",     "hardsigmoid", "native_layer_norm",
+      "rms_norm",    "add",       "sub",       "rsub",        "_fused_rms_norm",
+      "mul",         "div",       "neg",       "abs",         "square",
+      "masked_fill", "where",     "clamp_min", "clamp_max",   "_to_copy",
+      "clone",
+  });
+};
+
+/// A type with `static constexpr` names of operators: a user's own may add or leave out.
+template <class Ops>
+concept OperatorList = requires {
+  { *std::begin(Ops::kOperators) } -> std::convertible_to<std::string_view>;
+};
+
+template <OperatorList Ops = CheapOps>
+struct Recompute {
+  static constexpr Role role = Role::kRecompute;
+  using Operators = Ops;
+};
+
+/// As ActivationOptions::recompute wants it.
+template <OperatorList Ops>
+[[nodiscard]] std::vector<std::string_view> operator_names() {
+  return {std::begin(Ops::kOperators), std::end(Ops::kOperators)};
+}
+
+static_assert(OperatorList<CheapOps> && Policy<Recompute<CheapOps>>,
+              "Recompute must stay a policy");
+
+}  // namespace fourfold::inline v0

@@ -1,0 +1,360 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+/// What autograd saves, held small: one payload for one storage, exactly where a codec would hurt.
+///
+///   ActivationOptions options;
+///   options.pack = pack_with<Int4>;                      // null: nothing is rounded
+///   options.recompute = {CheapOps::kNames...};           // empty: nothing is computed again
+///   auto store = ActivationStore::make(std::move(options));
+///   {
+///     const door::SavedTensorsScope scope(store);
+///     const auto active = store->activate();             // the operators' tape
+///     loss = model->forward(x);
+///   }
+///   loss.backward();                                     // inside or outside of the scope
+///
+/// A saved tensor is, in this order:
+///  1. held as it is and not counted: a parameter (a leaf that asks for gradients, a view of one,
+///     `keep_storages`), what is not dense (sparse, quantised, meta, packed, ...), empty;
+///  2. held as it is: integers, bool, complex, double; what its operator has yet to write; small
+///     (under `min_numel` values or `min_bytes`); a constant from outside of the scope; statistics
+///     (an eighth of its operator's largest argument or less); what `keep` says;
+///  3. held by what holds its storage already;
+///  4. held exactly in one bit a value: dropout's noise; the sign that relu's backward reads;
+///  5. not held, but computed again from what is held anyway (`recompute`);
+///  6. packed, rounded stochastically: softmax results by `pack_sensitive`, the rest by `pack`.
+/// Without `pack` all of it is exact, and gradients are equal to the bit.
+///
+/// A view comes back with its sizes, strides and dtype. Its offset is counted from the first value
+/// that is held, where a piece of a storage is held. What is packed is a value as it was saved;
+/// writing to it by a raw pointer afterwards is not seen (an operator's write is: the door throws
+/// LibTorch's error at unpacking, as without us).
+#include <ATen/Context.h>
+#include <ATen/core/grad_mode.h>
+#include <ATen/CPUGeneratorImpl.h>
+#include <fourfold/activations/rebuild.hpp>
+#include <fourfold/activations/saved_bytes.hpp>
+#include <fourfold/activations/stored.hpp>
+#include <fourfold/activations/tape.hpp>
+#include <fourfold/core/payload.hpp>
+#include <fourfold/core/place.hpp>
+#include <fourfold/torch/operators.hpp>
+#include <fourfold/torch/saved_tensors.hpp>
+
+#include <atomic>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <sstream>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+namespace fourfold::inline v0 {
+
+/// Packs values, rounded stochastically. A plain function, so that stores are not templates.
+using PackFunction = std::shared_ptr<const Payload> (*)(const at::Tensor& values, Key key);
+
+/// Packs values of at most two kinds exactly; null if there are more.
+using MaskFunction = std::shared_ptr<const Payload> (*)(const at::Tensor& values);
+
+template <StochasticCodec C>
+[[nodiscard]] std::shared_ptr<const Payload> pack_with(const at::Tensor& values, Key key) {
+  return make_payload<C>(values, key);
+}
+
+struct ActivationOptions {
+  PackFunction pack = nullptr;            ///< null: what is not recomputed is held as it is
+  PackFunction pack_sensitive = nullptr;  ///< for softmax results; null: they are held as they are
+  MaskFunction pack_mask = nullptr;       ///< null: masks are packed or held like all else
+  std::vector<std::string_view> recompute;  ///< operators, as "gelu" or "mylib::op"; static strings
+  int recompute_depth = 4;                  ///< operators that run again for one saved tensor
+  std::int64_t min_numel = 1024;
+  std::int64_t min_bytes = 4096;
+  std::function<bool(const at::Tensor&)> keep;  ///< true: held as it is
+  /// The payload that a dense tensor was decompressed from, or null: it is saved in its stead.
+  std::function<std::shared_ptr<const Payload>(const at::Tensor&)> payload_of;
+};
+
+class ActivationStore final : public door::SavedTensors,
+                              public std::enable_shared_from_this<ActivationStore> {
+ public:
+  [[nodiscard]] static std::shared_ptr<ActivationStore> make(ActivationOptions options = {}) {
+    return std::shared_ptr<ActivationStore>(new ActivationStore(std::move(options)));
+  }
+
+  /// The model's parameters and buffers: never packed, nor what is made of them alone.
+  void keep_storages(const std::vector<at::Tensor>& tensors) {
+    for (const at::Tensor& tensor : tensors)
+      if (detail::is_plain(tensor)) index_->mark_exact(tensor.storage());
+  }
+  /// The optimizer's steps so far: part of the noise's key.
+  void set_step(std::uint64_t step) { step_.store(step, std::memory_order_relaxed); }
+
+  /// Turns the operators' tape on, on this thread, until the result goes; also within backward,
+  /// for a recompute. Null where nothing is packed or recomputed.
+  [[nodiscard]] std::shared_ptr<void> activate() override;
+
+  [[nodiscard]] std::shared_ptr<door::Saved> pack(const at::Tensor& tensor) override {
+    return pack_attached(tensor, tensor);
+  }
+  [[nodiscard]] std::shared_ptr<door::Saved> pack_attached(const at::Tensor& tensor,
+                                                           const at::Tensor& attached) override;
+
+  /// What LibTorch would hold: distinct storages, the model's own apart.
+  [[nodiscard]] PeakBytes plain_bytes() const { return totals_->plain.bytes(); }
+  [[nodiscard]] PeakBytes held_bytes() const { return totals_->held.bytes(); }
+  [[nodiscard]] SavedCounts counts() const { return totals_->counts(); }
+  [[nodiscard]] std::uint64_t forwards() const { return forwards_.load(); }
+  void restart_peaks() { totals_->plain.restart_peak(), totals_->held.restart_peak(); }
+  /// In words: what was saved and what became of it, or why nothing was saved.
+  [[nodiscard]] std::string explain() const;
+
+ private:
+  using Stored = std::shared_ptr<detail::Stored>;
+  struct Active;
+
+  explicit ActivationStore(ActivationOptions options) : options_(std::move(options)) {}
+
+  [[nodiscard]] bool active() const {
+    return options_.pack != nullptr || !options_.recompute.empty();
+  }
+  /// What this thread's operators are noted on, if this store was activated on it.
+  [[nodiscard]] detail::Tape* tape() const;
+
+  std::shared_ptr<door::Saved> keep(const at::Tensor& tensor, bool written = true);
+  std::shared_ptr<door::Saved> uncounted(const at::Tensor& tensor, std::atomic<std::int64_t>& kind);
+  std::shared_ptr<door::Saved> as(const Stored& stored, detail::StorageView view);
+  Stored choose(const at::Tensor& tensor, const detail::Extent& extent, detail::Tape* tape);
+  Stored mask(const at::Tensor& tensor, const detail::Extent& extent);
+  Stored packed(const at::Tensor& tensor, detail::Extent extent, PackFunction pack,
+                detail::Tape* tape);
+  [[nodiscard]] bool stays(const at::Tensor& tensor, const at::Tensor& attached,
+                           const detail::Tape* tape) const;
+
+  const ActivationOptions options_;
+  const std::shared_ptr<detail::SavedTotals> totals_ = std::make_shared<detail::SavedTotals>();
+  const std::shared_ptr<detail::StorageIndex> index_ =
+      std::make_shared<detail::StorageIndex>(totals_);
+  std::atomic<std::uint64_t> step_{0}, forwards_{0}, numbers_{0};
+  std::mutex mutex_;
+  std::vector<std::unique_ptr<detail::Tape>> tapes_;  // idle ones, which know operators already
+};
+
+// ---------------------------------------------------------------------------------------------
+
+/// The tape of one activation.
+struct ActivationStore::Active {
+  Active(std::shared_ptr<ActivationStore> of, std::uint64_t forward)
+      : store(std::move(of)), tape(take()) {
+    tape->begin(forward);
+    scope.emplace(*tape, torch::autograd::get_current_graph_task_id() != -1);
+  }
+  ~Active() {
+    scope.reset();
+    tape->clear();
+    const std::lock_guard lock(store->mutex_);
+    store->tapes_.push_back(std::move(tape));
+  }
+  std::unique_ptr<detail::Tape> take() {
+    const std::lock_guard lock(store->mutex_);
+    if (store->tapes_.empty())
+      return std::make_unique<detail::Tape>(store->index_, store->options_.recompute);
+    std::unique_ptr<detail::Tape> idle = std::move(store->tapes_.back());
+    store->tapes_.pop_back();
+    return idle;
+  }
+
+  std::shared_ptr<ActivationStore> store;
+  std::unique_ptr<detail::Tape> tape;
+  std::optional<door::OperatorsScope> scope;
+};
+
+inline std::shared_ptr<void> ActivationStore::activate() {
+  const std::uint64_t forward = forwards_.fetch_add(1, std::memory_order_relaxed) + 1;
+  if (!active()) return nullptr;
+  return std::make_shared<Active>(shared_from_this(), forward);
+}
+
+inline detail::Tape* ActivationStore::tape() const {
+  auto* tape = dynamic_cast<detail::Tape*>(door::current_operator_observer());
+  return tape != nullptr && tape->index() == index_ ? tape : nullptr;
+}
+
+inline std::shared_ptr<door::Saved> ActivationStore::uncounted(const at::Tensor& tensor,
+                                                               std::atomic<std::int64_t>& kind) {
+  kind.fetch_add(1, std::memory_order_relaxed);
+  return std::make_shared<detail::SavedAsIs>(tensor);
+}
+
+inline std::shared_ptr<door::Saved> ActivationStore::keep(const at::Tensor& tensor, bool written) {
+  const auto values = static_cast<std::int64_t>(tensor.storage().nbytes() / tensor.element_size());
+  auto kept = std::make_shared<detail::Kept>(index_->use(tensor.storage()), tensor, values);
+  kept->use()->note_saved();
+  if (written) index_->add(kept);
+  totals_->kept.fetch_add(1, std::memory_order_relaxed);
+  return std::make_shared<detail::SavedAsIs>(tensor, std::move(kept));
+}
+
+inline std::shared_ptr<door::Saved> ActivationStore::as(const Stored& stored,
+                                                        detail::StorageView view) {
+  std::atomic<std::int64_t>& count = [&]() -> std::atomic<std::int64_t>& {
+    switch (stored->kind()) {
+      case detail::StoredAs::kKept: return totals_->kept;
+      case detail::StoredAs::kPacked: return totals_->packed;
+      case detail::StoredAs::kMask: return totals_->masks;
+      case detail::StoredAs::kRebuilt: return totals_->recomputed;
+    }
+    TORCH_INTERNAL_ASSERT(false);
+  }();
+  count.fetch_add(1, std::memory_order_relaxed);
+  stored->use()->note_saved();
+  return std::make_shared<detail::SavedView>(stored, std::move(view));
+}
+
+inline bool ActivationStore::stays(const at::Tensor& tensor, const at::Tensor& attached,
+                                   const detail::Tape* tape) const {
+  if (!at::isFloatingType(tensor.scalar_type())) return true;
+  if (options_.keep && options_.keep(tensor)) return true;
+  c10::StorageImpl* const key = tensor.storage().unsafeGetStorageImpl();
+  const detail::Tape::Origin* origin = tape ? tape->origin(key) : nullptr;
+  const bool made_here = origin != nullptr && origin->time != 0;
+  if (attached.is_leaf() && !made_here) return true;  // a constant, which somebody holds
+  const detail::Tape::Frame* frame = tape ? tape->frame() : nullptr;
+  if (frame == nullptr || frame->argument(key) != nullptr) return false;
+  for (const at::Tensor& argument : frame->tensors)
+    if (8 * tensor.numel() <= argument.numel()) return true;  // mean, rstd, logsumexp
+  return false;
+}
+
+inline std::shared_ptr<door::Saved> ActivationStore::pack_attached(const at::Tensor& tensor,
+                                                                   const at::Tensor& attached) {
+  const door::OperatorsPause pause;
+  if (!detail::is_plain(tensor) || tensor.numel() == 0) return uncounted(tensor, totals_->kept);
+  c10::StorageImpl* const key = tensor.storage().unsafeGetStorageImpl();
+  if (detail::Tape::is_parameter(attached) || index_->is_exact(key))
+    return uncounted(tensor, totals_->parameters);
+  if (!active()) return keep(tensor);
+
+  detail::Tape* const tape = this->tape();
+  const std::int64_t version = tensor._version();
+  if (tape != nullptr && tape->frame() != nullptr && tape->frame()->unwritten(key, version))
+    return keep(tensor, /*written=*/false);
+  detail::StorageView view(tensor);
+  const detail::Extent extent(view);
+  if (Stored found = index_->find(key, version, view.dtype, extent)) {
+    if (found->kind() != detail::StoredAs::kKept) return as(found, std::move(view));
+    found->use()->note_saved();
+    totals_->kept.fetch_add(1, std::memory_order_relaxed);
+    return std::make_shared<detail::SavedAsIs>(tensor, std::move(found));
+  }
+  if (stays(tensor, attached, tape)) return keep(tensor);
+  const auto bytes = static_cast<std::int64_t>(tensor.nbytes());
+  if (tensor.numel() < options_.min_numel || bytes < options_.min_bytes) {
+    const auto around = static_cast<std::int64_t>(tensor.storage().nbytes());
+    if (around < (1 << 16) || around < 16 * bytes) return keep(tensor);
+    totals_->kept.fetch_add(1, std::memory_order_relaxed);
+    return std::make_shared<detail::SavedPiece>(tensor, totals_);
+  }
+  const PlaceGuard place(Place::kActivations);
+  const Stored stored = choose(tensor, extent, tape);
+  return stored == nullptr ? keep(tensor) : as(stored, std::move(view));
+}
+
+inline ActivationStore::Stored ActivationStore::choose(const at::Tensor& tensor,
+                                                       const detail::Extent& extent,
+                                                       detail::Tape* tape) {
+  if (options_.payload_of && extent.dense())
+    if (std::shared_ptr<const Payload> payload = options_.payload_of(tensor))
+      if (payload->dtype() == tensor.scalar_type() &&
+          c10::multiply_integers(payload->sizes()) == extent.span) {
+        auto stored = std::make_shared<detail::Packed>(
+            index_->use(tensor.storage()), tensor._version(), tensor.scalar_type(), extent,
+            std::move(payload), /*exact=*/false, /*borrowed=*/true);
+        index_->add(stored);
+        return stored;
+      }
+  c10::StorageImpl* const key = tensor.storage().unsafeGetStorageImpl();
+  const detail::Tape::Origin* origin = tape ? tape->origin(key) : nullptr;
+  if (origin != nullptr && origin->two_values)
+    if (Stored stored = mask(tensor, extent)) return stored;
+  if (origin != nullptr && origin->call != nullptr)
+    if (Stored stored =
+            detail::rebuild(*tape, *origin, tensor._version(), options_.recompute_depth))
+      return stored;
+  const at::ScalarType dtype = tensor.scalar_type();
+  if (options_.pack == nullptr ||
+      (dtype != at::kFloat && dtype != at::kBFloat16 && dtype != at::kHalf))
+    return nullptr;
+  const detail::Tape::Frame* frame = tape ? tape->frame() : nullptr;
+  const bool result = frame != nullptr && frame->argument(key) == nullptr;
+  if (result && frame->traits->sensitive)
+    return options_.pack_sensitive ? packed(tensor, extent, options_.pack_sensitive, tape)
+                                   : nullptr;
+  return packed(tensor, extent, options_.pack, tape);
+}
+
+inline ActivationStore::Stored ActivationStore::mask(const at::Tensor& tensor,
+                                                     const detail::Extent& extent) {
+  if (options_.pack_mask == nullptr || !extent.dense()) return nullptr;
+  std::shared_ptr<const Payload> payload =
+      options_.pack_mask(extent.view(tensor.scalar_type()).on(tensor.storage()));
+  if (payload == nullptr) return nullptr;
+  auto stored = std::make_shared<detail::Packed>(index_->use(tensor.storage()), tensor._version(),
+                                                 tensor.scalar_type(), extent, std::move(payload),
+                                                 /*exact=*/true);
+  index_->add(stored);
+  return stored;
+}
+
+inline ActivationStore::Stored ActivationStore::packed(const at::Tensor& tensor,
+                                                       detail::Extent extent, PackFunction pack,
+                                                       detail::Tape* tape) {
+  const c10::Storage& storage = tensor.storage();
+  const auto values = static_cast<std::int64_t>(storage.nbytes() / tensor.element_size());
+  const detail::Tape::Origin* origin =
+      tape ? tape->origin(storage.unsafeGetStorageImpl()) : nullptr;
+  // q, k and v are pieces of one storage: it is packed whole, once. Not where parts of it may hold
+  // anything, which would spoil the scales of their neighbours.
+  if (!extent.dense() && 4 * extent.numel() >= values && origin != nullptr && !origin->assembled)
+    extent = detail::Extent::whole(values);
+  const Key key{.seed = at::detail::getDefaultCPUGenerator().current_seed(),
+                .step = step_.load(std::memory_order_relaxed),
+                .forward = tape ? tape->forward() : 0,
+                .storage = tape ? tape->next_storage() : numbers_.fetch_add(1)};
+  std::shared_ptr<const Payload> payload = pack(extent.view(tensor.scalar_type()).on(storage), key);
+  auto stored = std::make_shared<detail::Packed>(index_->use(storage), tensor._version(),
+                                                 tensor.scalar_type(), std::move(extent),
+                                                 std::move(payload), /*exact=*/false);
+  index_->add(stored);
+  return stored;
+}
+
+inline std::string ActivationStore::explain() const {
+  const SavedCounts n = counts();
+  std::ostringstream out;
+  if (n.tensors() == 0) {
+    out << "activations: no tensor passed: forward ran outside the scope, on another thread, or "
+           "without gradients";
+    if (forwards() == 0) out << " (no scope was ever entered)";
+    return out.str();
+  }
+  const auto mib = [](std::int64_t bytes) { return static_cast<double>(bytes) / (1 << 20); };
+  out.precision(1);
+  out << std::fixed << "activations: " << n.tensors() << " tensors saved in " << forwards()
+      << " forwards: " << n.packed << " packed, " << n.masks << " as bits, " << n.recomputed
+      << " computed again, " << n.kept << " held as they are, " << n.parameters
+      << " the model's own; at most " << mib(held_bytes().peak) << " MiB held at once, plain "
+      << "LibTorch would have held " << mib(plain_bytes().peak) << " MiB";
+  if (n.materialised > 0)
+    out << "; " << n.materialised
+        << " were to be computed again, but an in-place operator wrote to their input first";
+  if (n.packed == 0 && options_.pack != nullptr)
+    out << "; nothing was packed: all tensors were small, not of a floating dtype, or constants";
+  return out.str();
+}
+
+}  // namespace fourfold::inline v0
