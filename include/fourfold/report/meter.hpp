@@ -58,7 +58,8 @@ class Meter {
     if (device.is_cpu()) return bytes();
     c10::DeviceAllocator* const allocator = started(device);
     if (!allocator) return {};
-    const auto& stat = allocator->getDeviceStats(index_of(device)).allocated_bytes[kAggregate];
+    const auto stats = allocator->getDeviceStats(index_of(device));
+    const auto& stat = stats.allocated_bytes[kAggregate];
     return {.current = stat.current, .peak = stat.peak, .total = stat.allocated};
   }
 

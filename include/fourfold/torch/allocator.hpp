@@ -98,10 +98,9 @@ class [[gnu::visibility("default")]] CountingAllocator final : public c10::Alloc
 
   static Header& header_of(void* data) {
     auto& header = *reinterpret_cast<Header*>(static_cast<char*>(data) - sizeof(Header));
-    TORCH_INTERNAL_ASSERT(header.magic == kLive, "fourfold: a block at ", data,
-                          header.magic == kFreed
-                              ? " was freed twice"
-                              : " has lost its header: something wrote before it");
+    TORCH_CHECK(header.magic == kLive, "fourfold: a block at ", data,
+                header.magic == kFreed ? " was freed twice"
+                                       : " has lost its header: something wrote before it");
     return header;
   }
   static void free_block(void* data);
