@@ -6,12 +6,14 @@
 #include <ATen/Parallel.h>
 #include <fourfold/core/isa.hpp>
 #include <fourfold/core/payload.hpp>
+#include <fourfold/weights/detail/packed_matmul_codes.hpp>
 #include <fourfold/weights/detail/packed_matmul_gemm.hpp>
 #include <fourfold/weights/detail/packed_matmul_pack.hpp>
 
 #include <algorithm>
 #include <array>
 #include <cstdint>
+#include <optional>
 #include <vector>
 
 namespace fourfold::inline v0::detail::packed {
@@ -184,6 +186,7 @@ inline void multiply_rows_transposed(Isa isa, const float* x, std::int64_t m, co
                                      float* out) {
   const std::int64_t n = weight.sizes()[0], k = weight.sizes()[1];
   const std::int64_t depth = std::min(kRowColumns, k);
+  const std::optional<GroupCodes> codes = group_codes(isa, weight);
   // A thread takes what it decodes in some 10 us at least.
   const std::int64_t grain = std::max<std::int64_t>(1, (1 << 17) / (kRowBlock * k));
   at::parallel_for(0, ceil_div(n, kRowBlock), grain, [&](std::int64_t begin, std::int64_t end) {
@@ -192,7 +195,8 @@ inline void multiply_rows_transposed(Isa isa, const float* x, std::int64_t m, co
     for (std::int64_t j = begin * kRowBlock; j < std::min(n, end * kRowBlock); j += kRowBlock) {
       const std::int64_t count = std::min(kRowBlock, n - j);
       std::fill(sums.begin(), sums.end(), 0.0F);
-      for (std::int64_t start = 0; start < k; start += depth) {
+      if (codes) dot_codes(*codes, j, count, x, m, sums.data());
+      for (std::int64_t start = 0; !codes && start < k; start += depth) {
         const std::int64_t columns = std::min(depth, k - start);
         decode_rectangle(weight, j, count, start, columns, rows.data());
         dot_block(isa, x + start, k, m, rows.data(), columns, columns, sums.data());
@@ -214,6 +218,7 @@ inline void add_rows(Isa isa, const float* x, std::int64_t m, const Payload& wei
                      std::int64_t first, std::int64_t last, float* out) {
   const std::int64_t n = weight.sizes()[0], k = weight.sizes()[1];
   const std::int64_t width = std::min(kRowColumns, k);
+  const std::optional<GroupCodes> codes = group_codes(isa, weight);
   std::vector<float> rows(static_cast<std::size_t>(kRowBlock * width));
   std::vector<float> left(static_cast<std::size_t>(kRowBlock * m));
   for (std::int64_t j = first; j < last; j += kRowBlock) {
@@ -222,7 +227,8 @@ inline void add_rows(Isa isa, const float* x, std::int64_t m, const Payload& wei
       float* to = left.data() + i * kRowBlock;
       std::fill(std::copy_n(x + i * n + j, count, to), to + kRowBlock, 0.0F);
     }
-    for (std::int64_t start = 0; start < k; start += width) {
+    if (codes) add_codes(*codes, j, count, left.data(), m, out);
+    for (std::int64_t start = 0; !codes && start < k; start += width) {
       const std::int64_t columns = std::min(width, k - start);
       decode_rectangle(weight, j, count, start, columns, rows.data());
       if (count < kRowBlock)  // rows that are not there: zeros of x times zeros
