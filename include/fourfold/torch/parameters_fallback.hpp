@@ -113,6 +113,25 @@ inline bool reinterprets(const c10::OperatorName& name) {
          name.name == "aten::view_as_complex" || name.name == "aten::view_as_real";
 }
 
+/// embedding_bag asks its table whether it requires a gradient, and a factorised one, whose factors
+/// do, would say no. Sums and means of rows of U V are those of U, times V.
+inline bool factorised_embedding_bag(const c10::OperatorHandle& op, Stack* stack) {
+  constexpr std::size_t kMode = 4;  // 0 sum, 1 mean, 2 max
+  const std::size_t first = stack->size() - op.schema().arguments().size();
+  const at::Tensor table = (*stack)[first].toTensor();
+  const auto payload = payload_of(table);
+  if (!payload || !payload->factorised()) return false;
+  const bool linear = (*stack)[first + kMode].toInt() < 2 && is_whole(table, *payload) &&
+                      payload->sizes().size() == 2;
+  (*stack)[first] = linear ? payload->buffers()[0] : dense_of(table);
+  const std::size_t results = op.schema().returns().size();
+  op.callBoxed(stack);
+  at::Tensor rows = (*stack)[stack->size() - results].toTensor();
+  if (linear) rows = at::matmul(rows, payload->buffers()[1]).to(payload->dtype());
+  (*stack)[stack->size() - results] = rows;
+  return true;
+}
+
 inline void packed_fallback(const c10::OperatorHandle& op, c10::DispatchKeySet keys, Stack* stack) {
   const c10::FunctionSchema& schema = op.schema();
   const std::size_t n = schema.arguments().size(), first = stack->size() - n;
@@ -121,6 +140,7 @@ inline void packed_fallback(const c10::OperatorHandle& op, c10::DispatchKeySet k
     visit_tensors(value, [](const at::Tensor& t) { return check_frozen(t, *packed_holder(t)), t; });
   }
   const std::string_view name = schema.name();
+  if (name == "aten::embedding_bag" && factorised_embedding_bag(op, stack)) return;
   const bool composed = name.starts_with("aten::") &&
                         op.hasKernelForDispatchKey(c10::DispatchKey::CompositeImplicitAutograd);
   if (composed || writes_no_value(name)) return op.redispatchBoxed(keys & kBelowPackedKey, stack);

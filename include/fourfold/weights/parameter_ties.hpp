@@ -30,8 +30,10 @@ inline std::pair<std::int64_t, std::int64_t> extent(const at::Tensor& tensor) {
   return {tensor.storage_offset(), last + 1};
 }
 
+/// By identity: is_alias_of looks at data pointers, which a packed storage refuses.
 inline bool same_storage(const at::Tensor& a, const at::Tensor& b) {
-  return a.has_storage() && b.has_storage() && a.storage().is_alias_of(b.storage());
+  return a.has_storage() && b.has_storage() &&
+         a.storage().unsafeGetStorageImpl() == b.storage().unsafeGetStorageImpl();
 }
 
 inline bool overlap(const at::Tensor& a, const at::Tensor& b) {
