@@ -1,0 +1,213 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+/// CompressionPipeline: what a program holds in memory, compressed by composition.
+///
+///   using Pipeline = CompressionPipeline<Activations<Int4>, Recompute<CheapOps>,
+///   OptimizerStates<Int8>>; auto pipeline  = Pipeline(*model);                 // in place: same
+///   names, same calls auto optimizer = pipeline.optimizer(torch::optim::AdamWOptions(1e-3)); auto
+///   loss      = pipeline.forward([&] { return criterion(model->forward(x), y); });
+///   loss.backward();
+///   std::cout << pipeline.report();
+///
+/// Policies are found by role, in any order, one for each role; what is not named stays as it is,
+/// so CompressionPipeline<> changes nothing, bit for bit. A policy is any type with a `role`
+/// (core/policy.hpp); those of this library are
+///   Weights<Codec, Filter>    weights/weights.hpp          parameters packed in place, frozen
+///   Activations<Codec>        activations/activations.hpp  what autograd saves, packed
+///   Recompute<Operators>      activations/recompute.hpp    cheap operators computed again
+///   Blocks<Every>             activations/blocks.hpp       whole blocks computed again
+///   OptimizerStates<Codec>    optim/optimizer_states.hpp   AdamW's moments packed
+///
+/// A model is a module, a ModuleHolder, a Sequential or a pointer to one. The pipeline holds its
+/// parameters and not the module, and may outlive it. Errors leave the model as it was.
+#include <fourfold/activations/activations.hpp>
+#include <fourfold/activations/blocks.hpp>
+#include <fourfold/activations/recompute.hpp>
+#include <fourfold/core/policy.hpp>
+#include <fourfold/optim/optimizer_states.hpp>
+#include <fourfold/report/meter.hpp>
+#include <fourfold/torch/gradients.hpp>
+#include <fourfold/weights/compress_weights.hpp>
+
+#include <memory>
+#include <sstream>
+#include <string>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+namespace fourfold::inline v0 {
+
+namespace detail {
+
+template <class P>
+constexpr int role_of() {
+  if constexpr (Policy<P>) return static_cast<int>(P::role);
+  return -1;
+}
+template <class... Policies>
+constexpr bool one_policy_a_role() {
+  const std::vector<int> roles{role_of<Policies>()...};
+  for (std::size_t i = 0; i < roles.size(); ++i)
+    for (std::size_t j = 0; j < i; ++j)
+      if (roles[i] >= 0 && roles[i] == roles[j]) return false;
+  return true;
+}
+
+/// The policy of role R, or void.
+template <Role R, class... Policies>
+struct PolicyOf {
+  using Type = void;
+};
+template <class P>
+struct Named {
+  using Type = P;
+};
+template <Role R, class First, class... Rest>
+struct PolicyOf<R, First, Rest...> {
+  using Type = typename std::conditional_t<role_of<First>() == static_cast<int>(R), Named<First>,
+                                           PolicyOf<R, Rest...>>::Type;
+};
+
+/// What outlives the module: a pipeline's scopes and reports need no more.
+struct PipelineState {
+  Meter meter;  // first, so that all that follows is counted
+  NamedTensors parameters;
+  std::vector<at::Tensor> trainable;
+  CompressedWeights weights;
+  std::shared_ptr<ActivationStore> store;
+  door::GradientHooks gradient_tags;
+  std::shared_ptr<void> wrapped_blocks;
+  int block_every = 0;  ///< 0: blocks are not recomputed
+  std::int64_t scopes = 0;
+};
+
+}  // namespace detail
+
+/// While it lives, what this thread's forward saves is the pipeline's. Entered once, and left on
+/// the thread that entered it.
+class [[nodiscard]] PipelineScope {
+ public:
+  explicit PipelineScope(std::shared_ptr<detail::PipelineState> state)
+      : state_(std::move(state)), saved_(state_->store), operators_(state_->store->activate()) {
+    if (state_->block_every > 0) blocks_.emplace(state_->block_every);
+    ++state_->scopes;
+  }
+  PipelineScope(const PipelineScope&) = delete;
+  PipelineScope& operator=(const PipelineScope&) = delete;
+
+ private:
+  std::shared_ptr<detail::PipelineState> state_;
+  door::SavedTensorsScope saved_;
+  std::shared_ptr<void> operators_;
+  std::optional<BlocksScope> blocks_;
+};
+
+template <class... Policies>
+class CompressionPipeline {
+  static_assert(
+      (Policy<Policies> && ...),
+      "a codec is not a policy: say what it packs, as in Activations<Int4> or Weights<Int4>");
+  static_assert(detail::one_policy_a_role<Policies...>(),
+                "two policies for one role: keep one Activations<>, one Weights<>, and so on");
+  template <Role R>
+  using PolicyOf = typename detail::PolicyOf<R, Policies...>::Type;
+  template <Role R>
+  static constexpr bool kHas = !std::is_void_v<PolicyOf<R>>;
+
+ public:
+  /// Weights, if a policy covers them, are compressed here, in place.
+  template <ModuleLike M>
+  explicit CompressionPipeline(M&& model) : state_(std::make_shared<detail::PipelineState>()) {
+    static_cast<void>(detail::module_of(model, "CompressionPipeline"));
+    if constexpr (kHas<Role::kWeights>) {
+      using Chosen = PolicyOf<Role::kWeights>;
+      state_->weights = compress_weights<typename Chosen::Format>(model, typename Chosen::Chosen{});
+    }
+    state_->parameters = parameters_of(model, "CompressionPipeline");
+    for (const auto& [name, parameter] : state_->parameters)
+      if (parameter.requires_grad()) state_->trainable.push_back(parameter);
+    for (const at::Tensor& factor : factors(model)) state_->trainable.push_back(factor);
+
+    std::vector<at::Tensor> weights;
+    for (const auto& [name, parameter] : state_->parameters)
+      if (!door::is_packed(parameter)) weights.push_back(parameter);
+    for (const auto& [name, buffer] : buffers_of(model, "CompressionPipeline"))
+      weights.push_back(buffer);
+    state_->meter.adopt(weights, Place::kWeights);
+    state_->gradient_tags = door::retag_gradients(state_->trainable);
+
+    ActivationOptions options;
+    options.payload_of = [](const at::Tensor& dense) { return door::payload_of_dense(dense); };
+    if constexpr (kHas<Role::kActivations>) PolicyOf<Role::kActivations>::configure(options);
+    if constexpr (kHas<Role::kRecompute>)
+      options.recompute = operator_names<typename PolicyOf<Role::kRecompute>::Operators>();
+    state_->store = ActivationStore::make(std::move(options));
+    state_->store->keep_storages(weights);
+    if constexpr (kHas<Role::kBlocks>) {
+      state_->block_every = PolicyOf<Role::kBlocks>::kEvery;
+      state_->wrapped_blocks =
+          wrap_sequential_blocks(detail::module_of(model, "CompressionPipeline"));
+    }
+  }
+
+  /// What `run` returns, run within the scope.
+  template <class F>
+  decltype(auto) forward(F&& run) {
+    const PipelineScope inside = scope();
+    return std::forward<F>(run)();
+  }
+  /// The same as a guard, for loops that do not fit a lambda.
+  PipelineScope scope() { return PipelineScope(state_); }
+
+  /// AdamW over parameters(), its states as the policy says; torch::optim::AdamW without one.
+  [[nodiscard]] std::shared_ptr<::torch::optim::Optimizer> optimizer(
+      ::torch::optim::AdamWOptions options = {}) const {
+    if constexpr (kHas<Role::kOptimizerStates>)
+      return std::make_shared<typename PolicyOf<Role::kOptimizerStates>::Optimizer>(parameters(),
+                                                                                    options);
+    else
+      return std::make_shared<optim::PlainAdamW>(parameters(), options);
+  }
+
+  /// What is trained: parameters that require gradients, and the factors of LowRank weights.
+  [[nodiscard]] const std::vector<at::Tensor>& parameters() const { return state_->trainable; }
+
+  /// Bytes by place, now and at the peak, measured.
+  [[nodiscard]] Ledger report() const {
+    Ledger ledger = state_->meter.ledger();
+    ledger.saved_bytes = state_->store->held_bytes().peak;
+    ledger.saved_plain_bytes = state_->store->plain_bytes().peak;
+    if (!state_->weights.names.empty()) {
+      std::ostringstream note;
+      note << "weights: " << state_->weights.names.size() << " parameters packed, "
+           << detail::mib(state_->weights.bytes_before) << " MiB before, "
+           << detail::mib(state_->weights.bytes_after) << " now";
+      if (state_->trainable.empty()) note << "; all are frozen";
+      ledger.notes.push_back(note.str());
+    }
+    if (const std::string why = explain(); !why.empty()) ledger.notes.push_back(why);
+    return ledger;
+  }
+
+  /// Why nothing was saved, if nothing was; else empty.
+  [[nodiscard]] std::string explain() const {
+    if (state_->scopes == 0)
+      return "no forward ran inside the pipeline's scope: call pipeline.forward([&] { ... }), or "
+             "hold "
+             "pipeline.scope() while the model runs";
+    if (state_->store->counts().tensors() > 0) return {};
+    const std::int64_t elsewhere = door::tensors_saved_outside_scopes();
+    std::string why =
+        "no tensor passed: forward ran outside the scope, on another thread, or without "
+        "gradients";
+    if (elsewhere > 0)
+      why += " (" + std::to_string(elsewhere) + " tensors were saved on threads without a scope)";
+    return why;
+  }
+
+ private:
+  std::shared_ptr<detail::PipelineState> state_;
+};
+
+}  // namespace fourfold::inline v0

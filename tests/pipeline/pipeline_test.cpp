@@ -1,0 +1,311 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <fourfold/pipeline.hpp>
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+#include <torch/torch.h>
+#include <fourfold/presets.hpp>
+
+#include <sstream>
+#include <thread>
+
+#include "models.hpp"
+
+namespace {
+
+using namespace fourfold;
+using testing::HasSubstr;
+
+using None = CompressionPipeline<>;
+using Whole8 = CompressionPipeline<Activations<Int8>>;
+using Whole4 = CompressionPipeline<Activations<Int4>>;
+
+struct Run {
+  std::vector<float> losses;
+  std::vector<torch::Tensor> gradients;  ///< of the last step
+  std::vector<torch::Tensor> parameters;
+};
+
+/// `steps` steps of a model made from `seed`; random operators draw from `draws`.
+template <class Pipeline>
+Run train(const std::function<pipeline_models::Case()>& make, int steps, std::uint64_t draws = 1) {
+  torch::manual_seed(0);
+  auto model = make();
+  torch::manual_seed(draws);
+  Pipeline pipeline(*model.module);
+  auto optimizer = pipeline.optimizer(torch::optim::AdamWOptions(1e-2));
+  Run run;
+  for (int step = 0; step < steps; ++step) {
+    optimizer->zero_grad();
+    auto loss = pipeline.forward([&] { return model.loss(); });
+    loss.backward();
+    run.losses.push_back(loss.template item<float>());
+    run.gradients.clear();
+    for (const auto& p : model.module->parameters()) run.gradients.push_back(p.grad().clone());
+    optimizer->step();
+  }
+  for (const auto& p : model.module->parameters()) run.parameters.push_back(p.detach().clone());
+  return run;
+}
+
+Run plain(const std::function<pipeline_models::Case()>& make, int steps, std::uint64_t draws = 1) {
+  torch::manual_seed(0);
+  auto model = make();
+  torch::manual_seed(draws);
+  torch::optim::AdamW optimizer(model.module->parameters(), torch::optim::AdamWOptions(1e-2));
+  Run run;
+  for (int step = 0; step < steps; ++step) {
+    optimizer.zero_grad();
+    auto loss = model.loss();
+    loss.backward();
+    run.losses.push_back(loss.item<float>());
+    run.gradients.clear();
+    for (const auto& p : model.module->parameters()) run.gradients.push_back(p.grad().clone());
+    optimizer.step();
+  }
+  for (const auto& p : model.module->parameters()) run.parameters.push_back(p.detach().clone());
+  return run;
+}
+
+void expect_equal(const Run& a, const Run& b, const std::string& what) {
+  EXPECT_EQ(a.losses, b.losses) << what;
+  for (std::size_t i = 0; i < a.gradients.size(); ++i) {
+    EXPECT_TRUE(torch::equal(a.gradients[i], b.gradients[i])) << what << ", gradient " << i;
+    EXPECT_TRUE(torch::equal(a.parameters[i], b.parameters[i])) << what << ", parameter " << i;
+  }
+}
+
+TEST(Pipeline, WithoutPoliciesAndExactAreBitEqualToPlainLibTorch) {
+  for (const auto& make : pipeline_models::all()) {
+    const Run expected = plain(make, 10);
+    expect_equal(train<None>(make, 10), expected, make().name + ", none");
+    expect_equal(train<Exact>(make, 10), expected, make().name + ", exact");
+    expect_equal(train<CompressionPipeline<Blocks<>>>(make, 10), expected,
+                 make().name + ", blocks");
+    expect_equal(train<CompressionPipeline<Recompute<CheapOps>, Blocks<2>>>(make, 10), expected,
+                 make().name + ", blocks of two");
+  }
+}
+
+double distance(const Run& a, const Run& b) {
+  double squares = 0, norm = 0;
+  for (std::size_t i = 0; i < a.gradients.size(); ++i) {
+    squares += (a.gradients[i] - b.gradients[i]).square().sum().item<double>();
+    norm += b.gradients[i].square().sum().item<double>();
+  }
+  return std::sqrt(squares / norm);
+}
+
+// The error that packing brings into a gradient is, to first order, linear in the code's step. With
+// the same groups a step of 8 bits is 15 / 255 of one of 4; Int8's groups of 128 instead of 64
+// widen their range by less than 2. So the 8-bit error is at most 2 * 15 / 255 = 0.118 of the 4-bit
+// one, up to the randomness of both, for which a factor of 2 is left.
+TEST(Pipeline, TheGradientsErrorShrinksWithTheStepOfTheCode) {
+  for (const auto& make : pipeline_models::all()) {
+    const Run expected = plain(make, 1);
+    const double eight = distance(train<Whole8>(make, 1), expected);
+    const double four = distance(train<Whole4>(make, 1), expected);
+    EXPECT_GT(four, 0) << make().name << ": nothing was packed";
+    EXPECT_LE(eight, 2 * 2 * 15.0 / 255.0 * four) << make().name;
+  }
+}
+
+// dW = dY^T X and only X is packed, so |dW - dW'| <= |dY|^T |X - X'| elementwise, and a stochastic
+// code is off by one step, twice the bound of the nearest, at most. (rounding: k eps |dY|^T |X|.)
+TEST(Pipeline, ALinearsGradientStaysWithinTheCodesBound) {
+  torch::manual_seed(3);
+  auto layer = torch::nn::Linear(96, 64);
+  const auto x = torch::randn({128, 96}), dy = torch::randn({128, 64});
+  Whole4 pipeline(layer);
+  auto y = pipeline.forward([&] { return layer->forward(x); });
+  y.backward(dy);
+  const auto exact = dy.t().mm(x);
+  const auto bound =
+      dy.abs().t().mm(2 * Int4{}.error_bound(x)) + 128 * 0x1p-23 * dy.abs().t().mm(x.abs());
+  EXPECT_TRUE(((layer->weight.grad() - exact).abs() <= bound).all().item<bool>());
+  EXPECT_FALSE(torch::equal(layer->weight.grad(), exact)) << "nothing was packed";
+  EXPECT_TRUE(torch::equal(layer->bias.grad(), dy.sum(0)));
+}
+
+TEST(Pipeline, PresetsTrainTheFiveModels) {
+  for (const auto& make : pipeline_models::all()) {
+    const Run expected = plain(make, 40);
+    for (const Run& run : {train<Balanced>(make, 40), train<Smallest>(make, 40)}) {
+      const float learnt = expected.losses.front() - expected.losses.back();
+      EXPECT_GT(learnt, 0);
+      // 90 % of what plain training gains, on models small enough to overfit within 40 steps
+      EXPECT_GT(run.losses.front() - run.losses.back(), 0.9F * learnt) << make().name;
+    }
+  }
+}
+
+TEST(Pipeline, RunsRepeatOnAnyNumberOfThreads) {
+  const int threads = at::get_num_threads();
+  for (const auto& make : {pipeline_models::linear, pipeline_models::by_hand}) {
+    at::set_num_threads(1);
+    const Run one = train<Balanced>(make, 5);
+    const Run again = train<Balanced>(make, 5);
+    expect_equal(one, again, "one thread");
+    at::set_num_threads(threads);
+    expect_equal(train<Balanced>(make, 5), train<Balanced>(make, 5), "all threads");
+  }
+}
+
+TEST(Pipeline, TakesAModelInEveryFormAndOutlivesIt) {
+  auto shared = std::make_shared<pipeline_models::ByHand>();
+  torch::nn::Linear holder(8, 8);
+  torch::nn::Sequential sequential(torch::nn::Linear(8, 8), torch::nn::ReLU());
+  Balanced a(*shared), b(shared), c(holder), d(sequential);
+  EXPECT_EQ(a.parameters().size(), 3u);
+  EXPECT_EQ(c.parameters().size(), 2u);
+  EXPECT_EQ(d.parameters().size(), 2u);
+  shared.reset();
+  holder = nullptr;
+  std::ostringstream out;
+  out << a.report() << c.report();
+  EXPECT_THAT(out.str(), HasSubstr("weights"));
+  torch::nn::Linear empty{nullptr};
+  EXPECT_THAT([&] { Balanced pipeline(empty); },
+              testing::ThrowsMessage<c10::Error>(HasSubstr("construct the module first")));
+}
+
+TEST(Pipeline, ExplainsWhyNothingWasSaved) {
+  torch::nn::Linear layer(64, 64);
+  const auto x = torch::randn({64, 64});
+  Balanced pipeline(layer);
+  EXPECT_THAT(pipeline.explain(), HasSubstr("no forward ran inside the pipeline's scope"));
+  {
+    const auto scope = pipeline.scope();
+    std::thread([&] { layer->forward(x).sum().backward(); }).join();
+  }
+  EXPECT_THAT(pipeline.explain(), HasSubstr("no tensor passed"));
+  EXPECT_THAT(pipeline.explain(), HasSubstr("tensors were saved on threads without a scope"));
+  pipeline.forward([&] { return layer->forward(x); });
+  EXPECT_EQ(pipeline.explain(), "");
+}
+
+TEST(Pipeline, AScopeIsEnteredOnce) {
+  torch::nn::Linear layer(8, 8);
+  Balanced pipeline(layer);
+  const auto scope = pipeline.scope();
+  EXPECT_THAT([&] { const auto again = pipeline.scope(); },
+              testing::ThrowsMessage<c10::Error>(HasSubstr("a scope is entered once")));
+}
+
+TEST(Pipeline, ScopesOfTwoPipelinesNest) {
+  torch::nn::Linear first(64, 64), second(64, 64);
+  const auto x = torch::randn({64, 64}, torch::requires_grad());
+  Whole4 outer(first);
+  Exact inner(second);
+  auto y = outer.forward([&] {
+    auto h = first->forward(x);
+    return inner.forward([&] { return second->forward(h); });
+  });
+  y.sum().backward();
+  EXPECT_TRUE(x.grad().defined());
+  EXPECT_EQ(outer.explain(), "");
+  EXPECT_EQ(inner.explain(), "");
+}
+
+TEST(Pipeline, AnExceptionInForwardOrBackwardFreesWhatWasSaved) {
+  torch::nn::Linear layer(256, 256);
+  Whole4 pipeline(layer);
+  const auto x = torch::randn({256, 256});
+  const auto before = pipeline.report().bytes.current;
+  EXPECT_THROW(pipeline.forward([&]() -> torch::Tensor {
+    auto y = layer->forward(x);
+    throw std::runtime_error("in the middle of forward");
+  }),
+               std::runtime_error);
+  EXPECT_EQ(pipeline.report().bytes.current, before);
+  {
+    auto y = pipeline.forward([&] { return layer->forward(x); });
+    y.register_hook([](const torch::Tensor&) { throw std::runtime_error("in backward"); });
+    EXPECT_THROW(y.sum().backward(), std::exception);
+  }
+  EXPECT_EQ(pipeline.report().bytes.current, before);
+  pipeline.forward([&] { return layer->forward(x); }).sum().backward();
+  EXPECT_TRUE(layer->weight.grad().defined());
+}
+
+TEST(Pipeline, WeightsAreFrozenPackedAndReported) {
+  torch::nn::Sequential net(torch::nn::Linear(128, 256), torch::nn::Tanh(),
+                            torch::nn::Linear(256, 64));
+  CompressionPipeline<Weights<Int8>> pipeline(net);
+  EXPECT_EQ(pipeline.parameters().size(), 2u) << "the biases";
+  std::ostringstream out;
+  out << pipeline.report();
+  EXPECT_THAT(out.str(), HasSubstr("2 parameters packed"));
+  auto optimizer = pipeline.optimizer();
+  pipeline.forward([&] { return net->forward(torch::randn({32, 128})); }).sum().backward();
+  optimizer->step();
+  EXPECT_EQ(net->named_parameters().size(), 4u);
+}
+
+TEST(Pipeline, LowRankFactorsAreTrained) {
+  torch::manual_seed(0);
+  torch::nn::Linear layer(96, 64);
+  CompressionPipeline<Weights<LowRank<8>>, OptimizerStates<Int8>> pipeline(layer);
+  EXPECT_EQ(pipeline.parameters().size(), 3u) << "bias and two factors";
+  const auto x = torch::randn({64, 96}), target = torch::randn({64, 64}) * 0.1;
+  auto optimizer = pipeline.optimizer(torch::optim::AdamWOptions(1e-2));
+  std::vector<float> losses;
+  for (int step = 0; step < 30; ++step) {
+    optimizer->zero_grad();
+    auto loss = pipeline.forward([&] { return torch::mse_loss(layer->forward(x), target); });
+    loss.backward();
+    optimizer->step();
+    losses.push_back(loss.item<float>());
+  }
+  EXPECT_LT(losses.back(), 0.7F * losses.front());
+}
+
+TEST(Pipeline, TheLedgersPlacesAddUpToThePeakAndSavedBytesShrink) {
+  const auto ledger_of = [](auto pipeline_type) {
+    using Pipeline = typename decltype(pipeline_type)::type;
+    torch::manual_seed(0);
+    torch::nn::Sequential net(torch::nn::Linear(128, 512), torch::nn::GELU(),
+                              torch::nn::Linear(512, 128));
+    Pipeline pipeline(net);
+    auto optimizer = pipeline.optimizer();
+    Meter{}.restart_peak();
+    for (int i = 0; i < 2; ++i) {
+      optimizer->zero_grad();
+      pipeline.forward([&] {
+                return net->forward(torch::randn({1024, 128})).square().mean();
+              })
+          .backward();
+      optimizer->step();
+    }
+    return pipeline.report();
+  };
+  const Ledger none = ledger_of(std::type_identity<None>{});
+  const Ledger balanced = ledger_of(std::type_identity<Balanced>{});
+  for (const Ledger& ledger : {none, balanced}) {
+    std::int64_t sum = 0;
+    for (const PlaceBytes& place : ledger.places) sum += place.at_peak;
+    EXPECT_EQ(sum, ledger.bytes.peak);
+  }
+  constexpr std::int64_t kParameters = 2 * 128 * 512 + 512 + 128;
+  EXPECT_GE(none[Place::kWeights].now, 4 * kParameters);
+  EXPECT_EQ(none[Place::kGradients].now, 4 * kParameters);
+  EXPECT_EQ(none[Place::kOptimizer].now, 8 * kParameters);
+  EXPECT_LT(balanced[Place::kOptimizer].now, 2.2 * kParameters + 16 * 1024);
+  EXPECT_EQ(none.saved_bytes, none.saved_plain_bytes);
+  EXPECT_LT(balanced.saved_bytes, 0.2 * static_cast<double>(none.saved_bytes));
+}
+
+/// A policy from outside of the library: the seam is open. It names bf16-like moments by a codec
+/// pair.
+struct PlainStates {
+  static constexpr Role role = Role::kOptimizerStates;
+  using Format = optim::Fp32;
+  using Optimizer = optim::AdamWOf<optim::Fp32>;
+};
+
+TEST(Pipeline, TakesAPolicyOfTheUsersOwn) {
+  const Run own = train<CompressionPipeline<PlainStates>>(pipeline_models::linear, 5);
+  expect_equal(own, plain(pipeline_models::linear, 5), "fp32 states of a user's policy");
+}
+
+}  // namespace
