@@ -79,8 +79,7 @@ class TransformerImpl : public torch::nn::Module {
   torch::Tensor forward(const torch::Tensor& tokens) {
     auto x = token_(tokens) + position_(torch::arange(tokens.size(1), tokens.options()));
     for (const auto& child : *blocks_) {
-      auto layer = std::static_pointer_cast<BlockImpl>(child);
-      x = fourfold::block([layer](const torch::Tensor& in) { return layer->forward(in); }, x);
+      x = fourfold::block(std::static_pointer_cast<BlockImpl>(child), x);
     }
     return head_(norm_(x));
   }

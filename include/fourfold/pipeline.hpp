@@ -77,7 +77,7 @@ struct PipelineState {
   CompressedWeights weights;
   std::shared_ptr<ActivationStore> store;
   door::GradientHooks gradient_tags;
-  std::shared_ptr<void> wrapped_blocks;
+  SequentialBlocks wrapped_blocks;
   int block_every = 0;  ///< 0: blocks are not recomputed
   std::int64_t scopes = 0;
 };
@@ -145,7 +145,7 @@ class CompressionPipeline {
     state_->store = ActivationStore::make(std::move(options));
     state_->store->keep_storages(weights);
     if constexpr (kHas<Role::kBlocks>) {
-      state_->block_every = PolicyOf<Role::kBlocks>::kEvery;
+      state_->block_every = PolicyOf<Role::kBlocks>::every;
       state_->wrapped_blocks =
           wrap_sequential_blocks(detail::module_of(model, "CompressionPipeline"));
     }
