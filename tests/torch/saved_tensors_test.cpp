@@ -496,6 +496,12 @@ TEST(SavedTensorsEngine, IsTheDefaultEngineOnceInstalled) {
   EXPECT_EQ(engine.abi(), door::detail::SavedTensorsEngine::kAbi);
 }
 
+TEST(SavedTensorsEngine, RefusesAnotherAbiNamingBoth) {
+  door::detail::saved_tensors_engine();
+  EXPECT_THAT(message_of([] { door::detail::installed_saved_tensors_engine<99>(); }),
+              HasSubstr("saved tensors have door ABI 1 where installed and 99 here"));
+}
+
 struct ForeignEngine : torch::autograd::Engine {
   static torch::autograd::Engine& get() {
     static auto* engine = new ForeignEngine;

@@ -42,33 +42,52 @@ inline bool is_recomputing() {
 
 namespace detail {
 
-/// Calls visit(tensor&) on each tensor in `value`: a tensor, or optionals, vectors, arrays, pairs
-/// and tuples of what holds tensors; anything else has none.
-template <class Visit>
-void for_each_tensor(at::Tensor& tensor, Visit&& visit) {
-  visit(tensor);
-}
+template <class T>
+concept OptionalLike = requires(T& value) {
+  typename T::value_type;
+  { value.has_value() } -> std::same_as<bool>;
+  { *value } -> std::same_as<typename T::value_type&>;
+};
+template <class T>
+concept TupleLike = requires {
+  std::tuple_size<T>::value;
+};
+template <class T>
+concept Sequence = requires(T& value) {
+  { *value.begin() } -> std::same_as<typename T::value_type&>;
+  value.end();
+};
+
+template <class T>  // torch::nn::AnyValue
+concept AnyValueLike = requires(T& value) {
+  { value.template try_get<at::Tensor>() } -> std::same_as<at::Tensor*>;
+};
+
+/// Calls visit(tensor&) on each tensor in `value`: a tensor, or optionals, sequences, arrays, pairs
+/// and tuples of what holds tensors; anything else has none. Of what a torch::nn::AnyValue may
+/// hold, those that LibTorch's own modules take.
 template <class T, class Visit>
-void for_each_tensor(T& value, Visit&& visit) {
+void for_each_tensor(T& value, const Visit& visit) {
   if constexpr (std::is_base_of_v<at::Tensor, T>) {
     visit(static_cast<at::Tensor&>(value));
-  } else if constexpr (requires {
-                         typename T::value_type;
-                         value.has_value();
-                         *value;
-                       }) {
+  } else if constexpr (OptionalLike<T>) {
     if (value.has_value()) for_each_tensor(*value, visit);
-  } else if constexpr (requires { std::tuple_size<T>::value; }) {
+  } else if constexpr (TupleLike<T>) {
     std::apply([&](auto&... each) { (for_each_tensor(each, visit), ...); }, value);
-  } else if constexpr (requires {
-                         typename T::value_type;
-                         typename T::allocator_type;
-                         value.begin();
-                       } &&
-                       !std::is_same_v<typename T::value_type, bool>) {
-    if constexpr (requires {
-                    requires !std::is_const_v<std::remove_reference_t<decltype(*value.begin())>>;
-                  })
+  } else if constexpr (AnyValueLike<T>) {
+    const auto try_each = [&]<class... Held>(std::type_identity<Held>...) {
+      const auto try_one = [&](auto* held) {
+        return held && (for_each_tensor(*held, visit), true);
+      };
+      static_cast<void>((try_one(value.template try_get<Held>()) || ...));
+    };
+    using Pair = std::tuple<at::Tensor, at::Tensor>;
+    try_each(std::type_identity<at::Tensor>{}, std::type_identity<std::optional<at::Tensor>>{},
+             std::type_identity<std::vector<at::Tensor>>{}, std::type_identity<Pair>{},
+             std::type_identity<std::optional<Pair>>{},
+             std::type_identity<std::tuple<at::Tensor, Pair>>{});
+  } else if constexpr (Sequence<T>) {
+    if constexpr (!std::is_arithmetic_v<typename T::value_type>)
       for (auto& each : value) for_each_tensor(each, visit);
   }
 }

@@ -215,10 +215,11 @@ class CheckpointFrame final : public door::SavedTensors,
                                 : door::saved_reference(tensor);
         holder->recomputed.emplace_back(task, saved);
       }
+      // What has a gradient has its value. What has none may be a buffer that its operator is about
+      // to fill (rrelu saves its noise so): let the operator run whose node it belongs to.
+      if (!attached.requires_grad()) unfilled = door::nodes_made();
       if (frame.options_.early_stop && count == end) {
-        // What has a gradient has its value. What has none may be a buffer that its operator is
-        // about to fill (the noise of rrelu is saved so): let that operator run.
-        if (attached.requires_grad()) throw Stop{};
+        if (unfilled != door::nodes_made()) throw Stop{};
         stopping = true;
       }
       return saved;
@@ -230,6 +231,8 @@ class CheckpointFrame final : public door::SavedTensors,
     const int task;
     const Holder* const only;
     std::size_t count = 0, end = 0;
+    std::uint64_t unfilled =
+        ~std::uint64_t{0};  // nodes made when a tensor without gradient was saved
     bool stopping = false;
   };
 

@@ -3,10 +3,12 @@
 /// The backward pass that this thread works for.
 #include <ATen/core/grad_mode.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/SequenceNumber.h>
 #include <torch/csrc/autograd/engine.h>
 #include <torch/csrc/autograd/functions/basic_ops.h>
 #include <torch/csrc/autograd/graph_task.h>
 
+#include <cstdint>
 #include <functional>
 #include <memory>
 #include <utility>
@@ -15,6 +17,9 @@ namespace fourfold::door {
 
 /// Its number, or -1 outside of backward. Two passes never share one.
 inline int current_graph_task() { return torch::autograd::get_current_graph_task_id(); }
+
+/// How many graph nodes this thread made so far: tensors saved at one count belong to one operator.
+inline std::uint64_t nodes_made() { return at::sequence_number::peek(); }
 
 /// Runs `callback` when the pass ends without an error; only inside one.
 inline void at_end_of_graph_task(std::function<void()> callback) {

@@ -306,26 +306,28 @@ class [[gnu::visibility("default")]] SavedTensorsEngine final : public torch::au
 };
 
 /// Ours, if it is LibTorch's engine now. By name: two libraries may each have their own type_info.
-inline SavedTensorsEngine* installed_saved_tensors_engine() {
+/// The ABI is a template argument, so that parts of two versions do not share this very check.
+template <int Abi = SavedTensorsEngine::kAbi>
+SavedTensorsEngine* installed_saved_tensors_engine() {
   torch::autograd::Engine& engine = torch::autograd::Engine::get_default_engine();
   static std::atomic<SavedTensorsEngine*> known{nullptr};
   if (&engine == known.load(std::memory_order_acquire))
     return known.load(std::memory_order_relaxed);
   if (std::strcmp(typeid(engine).name(), typeid(SavedTensorsEngine).name()) != 0) return nullptr;
   auto* ours = static_cast<SavedTensorsEngine*>(&engine);
-  TORCH_CHECK(ours->abi() == SavedTensorsEngine::kAbi,
+  TORCH_CHECK(ours->abi() == Abi,
               "fourfold: two parts of this program were built with different versions of it: saved "
               "tensors have door ABI ",
-              ours->abi(), " where installed and ", SavedTensorsEngine::kAbi,
-              " here; build all parts with one version");
+              ours->abi(), " where installed and ", Abi, " here; build all parts with one version");
   known.store(ours, std::memory_order_release);
   return ours;
 }
 
 /// Ours, installed on first use.
-inline SavedTensorsEngine& saved_tensors_engine() {
+template <int Abi = SavedTensorsEngine::kAbi>
+SavedTensorsEngine& saved_tensors_engine() {
   using torch::autograd::Engine;
-  if (SavedTensorsEngine* ours = installed_saved_tensors_engine()) return *ours;
+  if (SavedTensorsEngine* ours = installed_saved_tensors_engine<Abi>()) return *ours;
   const Engine& theirs = Engine::get_default_engine();
   TORCH_CHECK(
       &theirs == &Engine::get_base_engine(),
@@ -337,7 +339,7 @@ inline SavedTensorsEngine& saved_tensors_engine() {
   static SavedTensorsEngine* const engine =
       new SavedTensorsEngine;  // leaked: device threads use it
   torch::autograd::set_default_engine_stub([]() -> Engine& { return *engine; });
-  SavedTensorsEngine* ours = installed_saved_tensors_engine();
+  SavedTensorsEngine* ours = installed_saved_tensors_engine<Abi>();
   TORCH_INTERNAL_ASSERT(ours != nullptr);
   return *ours;
 }

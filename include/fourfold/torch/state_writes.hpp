@@ -73,6 +73,8 @@ class StateWrites {
    public:
     explicit Rewind(const std::vector<Written>& written) {
       const at::NoGradGuard no_grad;
+      const at::RecordFunctionGuard unobserved(
+          /*is_enabled=*/false);  // `written` may be watched now
       for (const Written& one : written) {
         c10::intrusive_ptr<c10::StorageImpl> storage = one.storage.lock();
         if (!storage) continue;
@@ -83,6 +85,7 @@ class StateWrites {
     }
     ~Rewind() {
       const at::NoGradGuard no_grad;
+      const at::RecordFunctionGuard unobserved(/*is_enabled=*/false);
       for (auto& [live, bytes] : now_)
         if (live.numel() == bytes.numel()) live.copy_(bytes);
     }
