@@ -1,3 +1,4 @@
+#!/bin/sh
 # SPDX-License-Identifier: Apache-2.0
 # The set-up that test.sh, demo.sh and bench.sh share: installs what is missing, puts a LibTorch into
 # build/ unless there is one, configures. Sourced from the repository's root; `sh cmake/setup.sh` does
@@ -5,6 +6,7 @@
 #   FOURFOLD_TORCH_VERSION   take the pinned wheel of this version, whatever else is there
 #   FOURFOLD_WHEELS          folders with the wheels, separated by colons
 #   FOURFOLD_JOBS            how many compilers run at once
+#   FOURFOLD_TORCH_CUDA      1 links LibTorch's CUDA operators, 0 does not; else where nvcc and a GPU are
 #   CMAKE_PREFIX_PATH, Torch_DIR, CXX   as CMake knows them
 set -eu
 [ -f cmake/setup.sh ] || cd "$(dirname "$0")/.."
@@ -52,6 +54,11 @@ have_header CLI/CLI.hpp || missing="$missing libcli11-dev"
 # shellcheck disable=SC2086  # one word a package
 if [ -n "$missing" ]; then install_packages $missing; fi
 
+torch_cuda=${FOURFOLD_TORCH_CUDA:-}
+if [ -z "$torch_cuda" ] && [ -e /dev/nvidiactl ] && { have nvcc || [ -x /usr/local/cuda/bin/nvcc ]; }; then
+  torch_cuda=1
+fi
+
 # The version asked for, or what the user already has, or the reference version.
 torch_version=${FOURFOLD_TORCH_VERSION:-2.11.0}
 torch_root=
@@ -61,7 +68,7 @@ fi
 if [ -z "$torch_root" ] || [ "$torch_root" = "$PWD/build/torch-$torch_version/torch" ]; then
   torch_root=$PWD/build/torch-$torch_version/torch
   fetch="cmake/fetch_torch.py --version $torch_version --to build/torch-$torch_version --wheels build/wheels"
-  if [ -n "${FOURFOLD_TORCH_CUDA:-}" ]; then fetch="$fetch --cuda"; fi
+  if [ "$torch_cuda" = 1 ]; then fetch="$fetch --cuda"; fi
   # shellcheck disable=SC2086
   wheels=$(python3 $fetch --list-missing) || exit 1
   if [ -n "$wheels" ] && ! python3 -c 'import pip' 2>/dev/null; then
@@ -73,9 +80,13 @@ fi
 
 build_dir=build/release
 if [ "$torch_version" != 2.11.0 ]; then build_dir=build/release-torch-$torch_version; fi
-configured=$(sed -n 's/^FOURFOLD_TORCH_ROOT:PATH=//p' "$build_dir/CMakeCache.txt" 2>/dev/null || true)
-if [ ! -f "$build_dir/build.ninja" ] || [ "$configured" != "$torch_root" ]; then
-  cmake --preset release -B "$build_dir" -DFOURFOLD_TORCH_ROOT="$torch_root" || exit 1
+wanted="$torch_root $torch_cuda"
+if [ ! -f "$build_dir/build.ninja" ] || [ "$(cat "$build_dir/configured_for" 2>/dev/null)" != "$wanted" ]; then
+  cuda=OFF
+  if [ "$torch_cuda" = 1 ]; then cuda=ON; fi
+  cmake --preset release -B "$build_dir" -DFOURFOLD_TORCH_ROOT="$torch_root" \
+    -DFOURFOLD_TORCH_CUDA="$cuda" || exit 1
+  echo "$wanted" >"$build_dir/configured_for"
 fi
 
 # A compiler of LibTorch code takes up to 3 GB.
