@@ -35,75 +35,70 @@ inline void random16_scalar(const PhiloxStream& stream, std::uint64_t block, std
 }
 
 #if defined(__x86_64__)
-// Lane 4 * L + j of the counter is block 4 * j + L (AVX2: 2 * j + L): after the transposition of
-// the four words the blocks lie in order.
+// A 32-bit word stands in the lower half of a 64-bit lane, which is all that the wide
+// multiplication reads; what the upper half holds does not matter. Lane 2 * L + j of eight is block
+// 4 * j + L (AVX2, of four: 2 * j + L), so that the blocks lie in order once their words are
+// interleaved.
+
+inline long long lane(std::uint64_t x) { return static_cast<long long>(x); }
 
 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl"))) inline void random16_avx512(
     const PhiloxStream& stream, std::uint64_t block, std::uint16_t* out) {
-  const auto word = [](std::uint64_t x) { return static_cast<int>(static_cast<std::uint32_t>(x)); };
-  __m512i c0 =
-      _mm512_add_epi32(_mm512_set1_epi32(word(block)),
-                       _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
-  __m512i c1 = _mm512_set1_epi32(word(block >> 32));
-  __m512i c2 = _mm512_set1_epi32(word(stream.high)),
-          c3 = _mm512_set1_epi32(word(stream.high >> 32));
+  const __m512i order = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
+  const __m512i first = _mm512_set1_epi64(0xD2511F53), second = _mm512_set1_epi64(0xCD9E8D57);
+  __m512i c0[2], c1[2], c2[2], c3[2];
+  for (unsigned half = 0; half < 2; ++half) {  // eight blocks each, interleaved to hide latency
+    c0[half] = _mm512_add_epi64(_mm512_set1_epi64(lane(block + 8 * half)), order);
+    c1[half] = _mm512_srli_epi64(c0[half], 32);
+    c2[half] = _mm512_set1_epi64(lane(stream.high)),
+    c3[half] = _mm512_set1_epi64(lane(stream.high >> 32));
+  }
   std::uint32_t k0 = static_cast<std::uint32_t>(stream.key);
   std::uint32_t k1 = static_cast<std::uint32_t>(stream.key >> 32);
-  const __m512i first = _mm512_set1_epi64(0xD2511F53), second = _mm512_set1_epi64(0xCD9E8D57);
   for (int round = 0; round < 10; ++round) {
-    const __m512i a_even = _mm512_mul_epu32(c0, first), b_even = _mm512_mul_epu32(c2, second);
-    const __m512i a_odd = _mm512_mul_epu32(_mm512_srli_epi64(c0, 32), first);
-    const __m512i b_odd = _mm512_mul_epu32(_mm512_srli_epi64(c2, 32), second);
-    const __m512i a_high = _mm512_mask_blend_epi32(0xAAAA, _mm512_srli_epi64(a_even, 32), a_odd);
-    const __m512i b_high = _mm512_mask_blend_epi32(0xAAAA, _mm512_srli_epi64(b_even, 32), b_odd);
-    const __m512i a_low = _mm512_mask_blend_epi32(0xAAAA, a_even, _mm512_slli_epi64(a_odd, 32));
-    const __m512i b_low = _mm512_mask_blend_epi32(0xAAAA, b_even, _mm512_slli_epi64(b_odd, 32));
-    c0 = _mm512_ternarylogic_epi32(b_high, c1, _mm512_set1_epi32(word(k0)), 0x96);  // xor of three
-    c2 = _mm512_ternarylogic_epi32(a_high, c3, _mm512_set1_epi32(word(k1)), 0x96);
-    c1 = b_low, c3 = a_low;
+    const __m512i key0 = _mm512_set1_epi64(k0), key1 = _mm512_set1_epi64(k1);
+    for (int half = 0; half < 2; ++half) {
+      const __m512i a = _mm512_mul_epu32(c0[half], first), b = _mm512_mul_epu32(c2[half], second);
+      c0[half] = _mm512_ternarylogic_epi64(_mm512_srli_epi64(b, 32), c1[half], key0, 0x96);  // xor
+      c2[half] = _mm512_ternarylogic_epi64(_mm512_srli_epi64(a, 32), c3[half], key1, 0x96);
+      c1[half] = b, c3[half] = a;
+    }
     k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
   }
-  const __m512i low01 = _mm512_unpacklo_epi32(c0, c1), high01 = _mm512_unpackhi_epi32(c0, c1);
-  const __m512i low23 = _mm512_unpacklo_epi32(c2, c3), high23 = _mm512_unpackhi_epi32(c2, c3);
-  _mm512_storeu_si512(out, _mm512_unpacklo_epi64(low01, low23));
-  _mm512_storeu_si512(out + 32, _mm512_unpackhi_epi64(low01, low23));
-  _mm512_storeu_si512(out + 64, _mm512_unpacklo_epi64(high01, high23));
-  _mm512_storeu_si512(out + 96, _mm512_unpackhi_epi64(high01, high23));
+  for (int half = 0; half < 2; ++half) {
+    const __m512i w01 = _mm512_mask_blend_epi32(0xAAAA, c0[half], _mm512_slli_epi64(c1[half], 32));
+    const __m512i w23 = _mm512_mask_blend_epi32(0xAAAA, c2[half], _mm512_slli_epi64(c3[half], 32));
+    _mm512_storeu_si512(out + 64 * half, _mm512_unpacklo_epi64(w01, w23));
+    _mm512_storeu_si512(out + 64 * half + 32, _mm512_unpackhi_epi64(w01, w23));
+  }
 }
 
 __attribute__((target("avx2,fma"))) inline void random16_avx2(const PhiloxStream& stream,
                                                               std::uint64_t block,
                                                               std::uint16_t* out) {
-  const auto word = [](std::uint64_t x) { return static_cast<int>(static_cast<std::uint32_t>(x)); };
+  const __m256i order = _mm256_setr_epi64x(0, 2, 1, 3);
   const __m256i first = _mm256_set1_epi64x(0xD2511F53), second = _mm256_set1_epi64x(0xCD9E8D57);
-  for (unsigned half = 0; half < 2; ++half) {
-    __m256i c0 = _mm256_add_epi32(_mm256_set1_epi32(word(block + 8 * half)),
-                                  _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7));
-    __m256i c1 = _mm256_set1_epi32(word(block >> 32));
-    __m256i c2 = _mm256_set1_epi32(word(stream.high));
-    __m256i c3 = _mm256_set1_epi32(word(stream.high >> 32));
+  for (unsigned quarter = 0; quarter < 4; ++quarter) {
+    __m256i c0 = _mm256_add_epi64(_mm256_set1_epi64x(lane(block + 4 * quarter)), order);
+    __m256i c1 = _mm256_srli_epi64(c0, 32);
+    __m256i c2 = _mm256_set1_epi64x(lane(stream.high));
+    __m256i c3 = _mm256_set1_epi64x(lane(stream.high >> 32));
     std::uint32_t k0 = static_cast<std::uint32_t>(stream.key);
     std::uint32_t k1 = static_cast<std::uint32_t>(stream.key >> 32);
     for (int round = 0; round < 10; ++round) {
-      const __m256i a_even = _mm256_mul_epu32(c0, first), b_even = _mm256_mul_epu32(c2, second);
-      const __m256i a_odd = _mm256_mul_epu32(_mm256_srli_epi64(c0, 32), first);
-      const __m256i b_odd = _mm256_mul_epu32(_mm256_srli_epi64(c2, 32), second);
-      const __m256i a_high = _mm256_blend_epi32(_mm256_srli_epi64(a_even, 32), a_odd, 0xAA);
-      const __m256i b_high = _mm256_blend_epi32(_mm256_srli_epi64(b_even, 32), b_odd, 0xAA);
-      const __m256i a_low = _mm256_blend_epi32(a_even, _mm256_slli_epi64(a_odd, 32), 0xAA);
-      const __m256i b_low = _mm256_blend_epi32(b_even, _mm256_slli_epi64(b_odd, 32), 0xAA);
-      c0 = _mm256_xor_si256(_mm256_xor_si256(b_high, c1), _mm256_set1_epi32(word(k0)));
-      c2 = _mm256_xor_si256(_mm256_xor_si256(a_high, c3), _mm256_set1_epi32(word(k1)));
-      c1 = b_low, c3 = a_low;
+      const __m256i a = _mm256_mul_epu32(c0, first), b = _mm256_mul_epu32(c2, second);
+      const __m256i with0 = _mm256_xor_si256(c1, _mm256_set1_epi64x(k0));
+      const __m256i with1 = _mm256_xor_si256(c3, _mm256_set1_epi64x(k1));
+      c0 = _mm256_xor_si256(_mm256_srli_epi64(b, 32), with0);
+      c2 = _mm256_xor_si256(_mm256_srli_epi64(a, 32), with1);
+      c1 = b, c3 = a;
       k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
     }
-    const __m256i low01 = _mm256_unpacklo_epi32(c0, c1), high01 = _mm256_unpackhi_epi32(c0, c1);
-    const __m256i low23 = _mm256_unpacklo_epi32(c2, c3), high23 = _mm256_unpackhi_epi32(c2, c3);
-    auto* to = reinterpret_cast<__m256i*>(out + 64 * half);
-    _mm256_storeu_si256(to, _mm256_unpacklo_epi64(low01, low23));
-    _mm256_storeu_si256(to + 1, _mm256_unpackhi_epi64(low01, low23));
-    _mm256_storeu_si256(to + 2, _mm256_unpacklo_epi64(high01, high23));
-    _mm256_storeu_si256(to + 3, _mm256_unpackhi_epi64(high01, high23));
+    const __m256i w01 = _mm256_blend_epi32(c0, _mm256_slli_epi64(c1, 32), 0xAA);
+    const __m256i w23 = _mm256_blend_epi32(c2, _mm256_slli_epi64(c3, 32), 0xAA);
+    auto* to = reinterpret_cast<__m256i*>(out + 32 * quarter);
+    _mm256_storeu_si256(to, _mm256_unpacklo_epi64(w01, w23));
+    _mm256_storeu_si256(to + 1, _mm256_unpackhi_epi64(w01, w23));
   }
 }
 #endif

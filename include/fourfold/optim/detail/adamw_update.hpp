@@ -1,0 +1,126 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+/// AdamW's arithmetic on one tile of fp32 values (Loshchilov and Hutter, arXiv 1711.05101,
+/// algorithm 2) as torch::optim::AdamW writes it: plain, AVX2, AVX-512, bit-equal. It differs from
+/// LibTorch in the denominator alone, by two roundings at most: LibTorch divides where this
+/// multiplies by a reciprocal, and its square root is MKL's, which is not always correctly rounded.
+///
+/// p * decay and the quotient are added by an fma with 1, so that no compiler contracts the product
+/// into the sum: LibTorch rounds it first.
+#include <fourfold/core/host_device.hpp>
+#include <fourfold/core/isa.hpp>
+
+#include <cmath>
+#include <cstdint>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#if defined(__GNUC__) && !defined(__clang__)  // GCC 12 warns of its own intrinsics (bug 105593)
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+
+namespace fourfold::inline v0 {
+namespace optim::detail {
+
+/// One parameter group's numbers at one step, computed in double as LibTorch does, then rounded.
+struct AdamWFactors {
+  float decay = 1;        ///< 1 - lr * weight_decay
+  float keep_first = 0;   ///< beta1
+  float take_first = 0;   ///< 1 - beta1
+  float keep_second = 0;  ///< beta2
+  float take_second = 0;  ///< 1 - beta2
+  float root = 1;         ///< 1 / sqrt(1 - beta2^step)
+  float eps = 0;
+  float rate = 0;  ///< -lr / (1 - beta1^step)
+
+  AdamWFactors(double lr, double beta1, double beta2, double epsilon, double weight_decay,
+               std::int64_t step)
+      : decay(static_cast<float>(1 - lr * weight_decay)),
+        keep_first(static_cast<float>(beta1)),
+        take_first(static_cast<float>(1 - beta1)),
+        keep_second(static_cast<float>(beta2)),
+        take_second(static_cast<float>(1 - beta2)),
+        root(static_cast<float>(1 / std::sqrt(1 - std::pow(beta2, static_cast<double>(step))))),
+        eps(static_cast<float>(epsilon)),
+        rate(static_cast<float>(-(lr / (1 - std::pow(beta1, static_cast<double>(step)))))) {}
+};
+
+inline void update_scalar(float& p, float g, float& m, float& v, const AdamWFactors& k) {
+  m = fma(g, k.take_first, m * k.keep_first);
+  v = fma(k.take_second * g, g, v * k.keep_second);
+  const float denominator = fma(std::sqrt(v), k.root, k.eps);
+  p = fma(k.rate * m / denominator, 1.0F, p * k.decay);
+}
+
+#if defined(__x86_64__)
+__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl"))) inline std::int64_t update_avx512(
+    float* p, const float* g, float* m, float* v, std::int64_t n, const AdamWFactors& k) {
+  const __m512 one = _mm512_set1_ps(1.0F);
+  std::int64_t i = 0;
+  for (; i + 16 <= n; i += 16) {
+    const __m512 grad = _mm512_loadu_ps(g + i);
+    const __m512 first =
+        _mm512_fmadd_ps(grad, _mm512_set1_ps(k.take_first),
+                        _mm512_mul_ps(_mm512_loadu_ps(m + i), _mm512_set1_ps(k.keep_first)));
+    const __m512 second =
+        _mm512_fmadd_ps(_mm512_mul_ps(_mm512_set1_ps(k.take_second), grad), grad,
+                        _mm512_mul_ps(_mm512_loadu_ps(v + i), _mm512_set1_ps(k.keep_second)));
+    const __m512 denominator =
+        _mm512_fmadd_ps(_mm512_sqrt_ps(second), _mm512_set1_ps(k.root), _mm512_set1_ps(k.eps));
+    const __m512 step = _mm512_div_ps(_mm512_mul_ps(_mm512_set1_ps(k.rate), first), denominator);
+    const __m512 decayed = _mm512_mul_ps(_mm512_loadu_ps(p + i), _mm512_set1_ps(k.decay));
+    _mm512_storeu_ps(m + i, first);
+    _mm512_storeu_ps(v + i, second);
+    _mm512_storeu_ps(p + i, _mm512_fmadd_ps(step, one, decayed));
+  }
+  return i;
+}
+
+__attribute__((target("avx2,fma"))) inline std::int64_t update_avx2(float* p, const float* g,
+                                                                    float* m, float* v,
+                                                                    std::int64_t n,
+                                                                    const AdamWFactors& k) {
+  const __m256 one = _mm256_set1_ps(1.0F);
+  std::int64_t i = 0;
+  for (; i + 8 <= n; i += 8) {
+    const __m256 grad = _mm256_loadu_ps(g + i);
+    const __m256 first =
+        _mm256_fmadd_ps(grad, _mm256_set1_ps(k.take_first),
+                        _mm256_mul_ps(_mm256_loadu_ps(m + i), _mm256_set1_ps(k.keep_first)));
+    const __m256 second =
+        _mm256_fmadd_ps(_mm256_mul_ps(_mm256_set1_ps(k.take_second), grad), grad,
+                        _mm256_mul_ps(_mm256_loadu_ps(v + i), _mm256_set1_ps(k.keep_second)));
+    const __m256 denominator =
+        _mm256_fmadd_ps(_mm256_sqrt_ps(second), _mm256_set1_ps(k.root), _mm256_set1_ps(k.eps));
+    const __m256 step = _mm256_div_ps(_mm256_mul_ps(_mm256_set1_ps(k.rate), first), denominator);
+    const __m256 decayed = _mm256_mul_ps(_mm256_loadu_ps(p + i), _mm256_set1_ps(k.decay));
+    _mm256_storeu_ps(m + i, first);
+    _mm256_storeu_ps(v + i, second);
+    _mm256_storeu_ps(p + i, _mm256_fmadd_ps(step, one, decayed));
+  }
+  return i;
+}
+#endif
+
+/// p, m, v <- AdamW(p, g, m, v) for n values.
+inline void update(float* p, const float* g, float* m, float* v, std::int64_t n,
+                   const AdamWFactors& k, Isa isa) {
+  std::int64_t i = 0;
+#if defined(__x86_64__)
+  if (isa == Isa::kAvx512) i = update_avx512(p, g, m, v, n, k);
+  if (isa == Isa::kAvx2) i = update_avx2(p, g, m, v, n, k);
+#endif
+  static_cast<void>(isa);
+  for (; i < n; ++i) update_scalar(p[i], g[i], m[i], v[i], k);
+}
+
+}  // namespace optim::detail
+}  // namespace fourfold::inline v0
+
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic pop
+#endif
