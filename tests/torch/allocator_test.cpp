@@ -403,13 +403,24 @@ TEST(BlockArenaRules, EarnsAWorkingSetAndLosesItWhenNobodyTouchesIt) {
   EXPECT_EQ(arena.kept(), 0u);
 }
 
-TEST(BlockArenaRules, NoMemoryIsANullPointerAndGivesBackWhatIsKept) {
+TEST(BlockArenaRules, NoMemoryIsANullPointerGivesBackWhatIsKeptAndRaisesNothing) {
   BlockArena arena;
   void* const block = arena.take(4 * kMiB);
   arena.give(block, 4 * kMiB);
   EXPECT_EQ(arena.take(std::size_t{1} << 47), nullptr);
   EXPECT_EQ(arena.kept(), 0u);
   EXPECT_EQ(arena.used(), 0u);
+  EXPECT_EQ(arena.most_used(), 4 * kMiB);
+}
+
+TEST(BlockArenaRules, NewLimitsHoldAtOnce) {
+  BlockArena arena;
+  void* const block = arena.take(8 * kMiB);
+  arena.give(block, 8 * kMiB);
+  arena.limit({.allowance = 2 * kMiB});
+  EXPECT_EQ(arena.kept(), 2 * kMiB);
+  EXPECT_EQ(arena.allowance(), 2 * kMiB);
+  arena.release();
 }
 
 }  // namespace

@@ -78,9 +78,6 @@ class [[gnu::visibility("default")]] CountingAllocator final : public c10::Alloc
     counters_.move(header.bytes, header.place, place);
     return true;
   }
-  [[nodiscard]] Place place_of(const c10::DataPtr& block) const {
-    return owns(block) ? header_of(block.get_context()).place : Place::kOther;
-  }
 
   ByteCounters& counters() { return counters_; }
   BlockArena& arena() { return arena_; }

@@ -51,24 +51,24 @@ class BlockArena {
   [[nodiscard]] void* take(std::size_t size) {
     const std::lock_guard lock(mutex_);
     retire(size);
-    used_ += size;
-    most_used_ = std::max(most_used_, used_);
     if (void* start = best_fit(size)) {
+      use(size);
       untouched_ = std::min(untouched_, kept_);
       return start;
     }
     untouched_ = 0;  // all that is kept was not enough
-    if (limits_.earns) {
-      const std::size_t regretted = std::min(size, given_back_);
-      given_back_ -= regretted, allowance_ += regretted;
-    }
-    trim();
+    trim(size);
     void* start = map(size);
     if (!start) {  // what is kept may be what is missing
       give_back(kept_);
       start = map(size);
     }
-    if (!start) used_ -= size;
+    if (!start) return nullptr;
+    use(size);
+    if (limits_.earns) {
+      const std::size_t regretted = std::min(size, given_back_);
+      given_back_ -= regretted, allowance_ += regretted;
+    }
     return start;
   }
 
@@ -90,11 +90,17 @@ class BlockArena {
     allowance_ = limits_.allowance, given_back_ = 0;
   }
 
+  /// From now on; what was earned is forgotten.
+  void limit(ArenaLimits limits) {
+    const std::lock_guard lock(mutex_);
+    limits_ = limits, allowance_ = limits.allowance, given_back_ = 0;
+    trim();
+  }
+
   [[nodiscard]] std::size_t kept() const { return locked(kept_); }
   [[nodiscard]] std::size_t used() const { return locked(used_); }
   [[nodiscard]] std::size_t most_used() const { return locked(most_used_); }
   [[nodiscard]] std::size_t allowance() const { return locked(allowance_); }
-  [[nodiscard]] const ArenaLimits& limits() const { return limits_; }
 
  private:
   static constexpr std::size_t kHugePage = std::size_t{2} << 20;
@@ -142,8 +148,15 @@ class BlockArena {
     }
   }
 
-  void trim() {
-    const std::size_t room = most_used_ + limits_.slack - used_;
+  void use(std::size_t size) {
+    used_ += size;
+    most_used_ = std::max(most_used_, used_);
+  }
+
+  /// Keeps both rules, as they will stand once `coming` more bytes are used.
+  void trim(std::size_t coming = 0) {
+    const std::size_t used = used_ + coming;
+    const std::size_t room = std::max(most_used_, used) + limits_.slack - used;
     if (kept_ > room) give_back(kept_ - room);
     if (kept_ > allowance_) given_back_ += give_back(kept_ - allowance_);
   }
@@ -192,7 +205,7 @@ class BlockArena {
     if (munmap(start, size) != 0) (void)madvise(start, size, MADV_DONTNEED);
   }
 
-  const ArenaLimits limits_;
+  ArenaLimits limits_;
   mutable std::mutex mutex_;
   std::size_t used_ = 0, most_used_ = 0, kept_ = 0;
   std::size_t allowance_;
