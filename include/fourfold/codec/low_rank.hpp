@@ -16,8 +16,6 @@
 /// A NaN or an infinity is refused, and so is a rank above min(rows, columns).
 #include <ATen/core/Tensor.h>
 #include <ATen/CPUGeneratorImpl.h>
-#include <ATen/ops/arange.h>
-#include <ATen/ops/empty.h>
 #include <ATen/ops/linalg_qr.h>
 #include <ATen/ops/linalg_svd.h>
 #include <ATen/ops/mm.h>
@@ -92,7 +90,7 @@ inline std::tuple<at::Tensor, double> scaled_matrix(const std::string& name,
   }
   const double largest = matrix.abs().max().item<double>();
   const double scale = largest > 0 ? std::exp2(std::floor(std::log2(largest))) : 1.0;
-  return {matrix / scale, scale};
+  return {matrix.div(scale), scale};
 }
 
 inline std::vector<at::Tensor> compress(const std::string& name, const at::Tensor& values,
@@ -100,10 +98,10 @@ inline std::vector<at::Tensor> compress(const std::string& name, const at::Tenso
   const c10::NoGradGuard no_grad;
   const auto [matrix, scale] = scaled_matrix(name, values, rank);
   const Decomposition found = decompose(matrix, rank, exact);
-  const at::Tensor root = found.singular.sqrt() * std::sqrt(scale);
+  const at::Tensor root = found.singular.sqrt().mul(std::sqrt(scale));
   const at::ScalarType dtype = values.scalar_type();
-  return {(found.left * root).to(dtype).contiguous(),
-          (found.right * root.unsqueeze(1)).to(dtype).contiguous()};
+  return {found.left.mul(root).to(dtype).contiguous(),
+          found.right.mul(root.unsqueeze(1)).to(dtype).contiguous()};
 }
 
 /// The unit roundoff of a dtype and half of its smallest positive value.
@@ -134,15 +132,15 @@ inline at::Tensor error_bound(const std::string& name, const at::Tensor& values,
   const auto [unit, smallest] = roundoff(values.scalar_type());
   const double product =
       static_cast<double>(rank) * (values.scalar_type() == at::kDouble ? 0x1p-53 : 0x1p-24);
-  const at::Tensor root = found.singular.sqrt() * std::sqrt(scale);
-  const at::Tensor left = (found.left * root).norm(2, 1, /*keepdim=*/true);
-  const at::Tensor right = (found.right * root.unsqueeze(1)).norm(2, 0, /*keepdim=*/true);
-  const at::Tensor rounding =
-      left * right * ((2 * unit + unit * unit + product) * (1 + 0x1p-6)) +
-      (left + right) * (smallest * std::sqrt(static_cast<double>(rank)) * 2) + smallest;
-  const at::Tensor inside = rounding + residual;
-  const at::Tensor bound = inside + (matrix.abs() * scale + inside) * unit + smallest;
-  return (bound * (1 + 0x1p-20))
+  const at::Tensor root = found.singular.sqrt().mul(std::sqrt(scale));
+  const at::Tensor left = found.left.mul(root).norm(2, 1, /*keepdim=*/true);
+  const at::Tensor right = found.right.mul(root.unsqueeze(1)).norm(2, 0, /*keepdim=*/true);
+  const double relative = (2 * unit + unit * unit + product) * (1 + 0x1p-6);
+  const double absolute = smallest * std::sqrt(static_cast<double>(rank)) * 2;
+  const at::Tensor rounding = left.mul(right).mul(relative).add(left.add(right).mul(absolute));
+  const at::Tensor inside = rounding.add(residual + smallest);
+  const at::Tensor bound = matrix.abs().mul(scale).add(inside).mul(unit).add(inside).add(smallest);
+  return bound.mul(1 + 0x1p-20)
       .to(values.scalar_type() == at::kDouble ? at::kDouble : at::kFloat)
       .view(values.sizes());
 }
