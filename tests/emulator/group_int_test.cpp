@@ -25,14 +25,14 @@ struct Codes {
 template <IntFormat F>
 Codes<F> plain_loop(const std::vector<float>& x, const Key* key) {
   const auto n = static_cast<std::int64_t>(x.size());
-  const PhiloxStream stream = key == nullptr ? PhiloxStream{} : philox_stream(*key);
+  const detail::PhiloxRounds rounds(key == nullptr ? PhiloxStream{} : philox_stream(*key));
   Codes<F> out(n);
   for (std::int64_t begin = 0; begin < n; begin += F.group) {
     const std::int64_t count = std::min<std::int64_t>(F.group, n - begin);
     std::uint32_t& word = out.words[begin / F.group];
     word = detail::group_word_scalar(F, x.data() + begin, count);
     detail::encode_group_scalar(F, word, x.data() + begin, count,
-                                key == nullptr ? nullptr : &stream, begin,
+                                key == nullptr ? nullptr : &rounds, begin,
                                 out.codes.data() + begin * F.bits / 8);
   }
   return out;
