@@ -8,6 +8,22 @@
 #include <cmath>
 #include <limits>
 
+#include "../laws/codec_laws.hpp"
+
+template <int Bits, class Curve>
+struct fourfold::laws::CodecDomain<fourfold::Companded<Bits, Curve>> : AnyValues {
+  static at::Tensor project(const at::Tensor& normal) {
+    return std::is_same_v<Curve, fourfold::Sqrt> ? normal.abs() : normal;
+  }
+  static constexpr std::int64_t kGroup = 128;
+  static std::optional<std::int64_t> nbytes(std::int64_t n, at::ScalarType) {
+    return n + 4 * ((n + 127) / 128);
+  }
+};
+using CompandedCodecs = testing::Types<fourfold::Companded<8, fourfold::Softsign>,
+                                       fourfold::Companded<8, fourfold::Sqrt>>;
+INSTANTIATE_TYPED_TEST_SUITE_P(Companded, CodecLaws, CompandedCodecs);
+
 namespace {
 
 using fourfold::Companded, fourfold::Softsign, fourfold::Sqrt, fourfold::Isa, fourfold::Key;

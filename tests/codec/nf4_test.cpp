@@ -8,6 +8,19 @@
 #include <cmath>
 #include <limits>
 
+#include "../laws/codec_laws.hpp"
+
+template <fourfold::Nf4Format F>
+struct fourfold::laws::CodecDomain<fourfold::NormalFloat<F>> : AnyValues {
+  static constexpr std::int64_t kGroup = F.block;
+  static std::optional<std::int64_t> nbytes(std::int64_t n, at::ScalarType) {
+    const std::int64_t blocks = (n + F.block - 1) / F.block;
+    return (n + 1) / 2 + (F.double_quant ? blocks + 4 * ((blocks + 255) / 256) : 4 * blocks);
+  }
+};
+using Nf4Codecs = testing::Types<fourfold::Nf4, fourfold::Nf4DoubleQuant, fourfold::Nf4Search>;
+INSTANTIATE_TYPED_TEST_SUITE_P(Nf4, CodecLaws, Nf4Codecs);
+
 namespace {
 
 using fourfold::Isa, fourfold::Key, fourfold::Nf4Format, fourfold::NormalFloat;

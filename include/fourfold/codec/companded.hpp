@@ -124,6 +124,7 @@ void Companded<Bits, Curve>::decode(const Packed& packed, std::int64_t begin, st
 template <int Bits, class Curve>
 void Companded<Bits, Curve>::decode(const Packed& packed, std::int64_t begin, std::int64_t end,
                                     float* out) const {
+  detail::check_tile(packed.buffers.at(0), begin, end, packed.numel(), name());
   decode(packed, begin, end, out, fourfold::isa());
 }
 
@@ -159,9 +160,9 @@ typename Companded<Bits, Curve>::Packed Companded<Bits, Curve>::pack(
         const float* tile = detail::load_group(from, begin, size, kTile, buffer);
         encode(packed, begin, begin + size, tile, key);
         if (!std::isnan(scale[group])) continue;
-        // A stochastic code carries NaN through, but no code carries the root of a negative value.
+        // A stochastic code carries NaN and infinities, but no code the root of a negative value.
         const float* bad = std::find_if(tile, tile + size, [&](float value) {
-          return (kNotNegative && value < 0) || (!key && !std::isfinite(value));
+          return std::isfinite(value) ? kNotNegative && value < 0 : !key;
         });
         if (bad != tile + size) misfit.report(begin + (bad - tile));
       }

@@ -43,11 +43,13 @@ class NormalFloat {
     return nf4::detail::decompress(F, packed.buffers, packed.sizes, packed.dtype);
   }
   /// fp32, of compress(values): half the distance of the two levels around each value, times its
-  /// block's scale; for what lies beyond the scale (search), the distance to it. Rounding included.
+  /// block's scale; for what lies beyond the scale, the distance to it. Rounding included. Twice it
+  /// bounds a stochastic code.
   [[nodiscard]] at::Tensor error_bound(const at::Tensor& values) const {
     return nf4::detail::error_bound(F, values);
   }
   void decode(const Packed& packed, std::int64_t begin, std::int64_t end, float* out) const {
+    detail::check_tile(packed.buffers.at(0), begin, end, packed.numel(), name());
     nf4::detail::decode(F, packed.buffers, packed.numel(), begin, end, out);
   }
 };

@@ -183,25 +183,33 @@ inline at::Tensor decompress(Nf4Format f, const std::vector<at::Tensor>& buffers
   return out.to(device);
 }
 
+/// What the nearest of the levels around v may err at this scale.
+inline double half_gap(double v, double scale) {
+  if (!(scale > 0)) return std::fabs(v);
+  const double x = std::clamp(v / scale, -1.0, 1.0);
+  double widest =
+      0;  // a value on a level belongs to the gaps on both sides: it may round into either
+  for (std::size_t k = 0; k < 15; ++k)
+    if (x >= kLevels[k] - 0x1p-23 && x <= kLevels[k + 1] + 0x1p-23)
+      widest = std::max(widest, double{kGaps[k]});
+  return 0.5 * widest * scale + std::max(0.0, std::fabs(v) - scale);
+}
+
 inline at::Tensor error_bound(Nf4Format f, const at::Tensor& values) {
-  const std::vector<at::Tensor> buffers = compress(f, values.detach().cpu(), std::nullopt);
-  const at::Tensor exact = values.detach().to(at::kCPU, at::kFloat).contiguous();
+  const at::Tensor here = values.detach().cpu();
+  const std::vector<at::Tensor> nearest = compress(f, here, std::nullopt);
+  // Stochastic codes have scales of their own: never searched for, and rounded up.
+  const bool same = !f.search && !f.double_quant;
+  const std::vector<at::Tensor> stochastic = same ? nearest : compress(f, here, Key{});
+  const at::Tensor exact = here.to(at::kFloat).contiguous();
   const at::Tensor bound = at::empty(values.sizes(), at::kFloat);
-  const Scales scales(f, buffers);
+  const Scales scales(f, nearest), wide(f, stochastic);
   const float* value = exact.const_data_ptr<float>();
   float* out = bound.mutable_data_ptr<float>();
   for (std::int64_t i = 0; i < bound.numel(); ++i) {
-    const double scale = scales[i / f.block], v = value[i];
-    double inside = 0;
-    if (scale > 0) {
-      const double x = std::clamp(v / scale, -1.0, 1.0);
-      // A value on a level belongs to the gaps on both sides, as it may round into either.
-      for (std::size_t k = 0; k < 15; ++k)
-        if (x >= kLevels[k] - 0x1p-23 && x <= kLevels[k + 1] + 0x1p-23)
-          inside = std::max(inside, 0.5 * kGaps[k] * scale);
-    }
-    const double beyond = std::max(0.0, std::fabs(v) - scale);
-    out[i] = fourfold::detail::with_rounding(inside + beyond, v, values.scalar_type());
+    double half = half_gap(value[i], scales[i / f.block]);
+    if (!same) half = std::max(half, half_gap(value[i], wide[i / f.block]));
+    out[i] = fourfold::detail::with_rounding(half, value[i], values.scalar_type());
   }
   return bound.to(values.device());
 }

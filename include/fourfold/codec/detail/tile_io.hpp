@@ -22,6 +22,15 @@ inline void check_dense(const at::Tensor& values, const std::string& codec) {
               values.layout(), " tensor; keep such a tensor as it is, or convert it first");
 }
 
+/// Throws unless [begin, end) of n values can be read tile by tile from `codes`.
+inline void check_tile(const at::Tensor& codes, std::int64_t begin, std::int64_t end,
+                       std::int64_t n, const std::string& codec) {
+  TORCH_CHECK(codes.is_cpu(), codec, " decodes tiles of CPU codes only, and these are on ",
+              codes.device(), "; use decompress()");
+  TORCH_CHECK(0 <= begin && begin <= end && end <= n, codec, " was asked for values [", begin, ", ",
+              end, ") of ", n, "; ask for a range inside");
+}
+
 /// A whole group of `group` values as fp32: where they already lie so, else in `buffer`. A tail of
 /// n < group values is padded with zeros.
 template <class T>
