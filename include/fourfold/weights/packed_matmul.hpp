@@ -6,20 +6,51 @@
 ///
 /// Rows of the weight are decoded a rectangle at a time, at most 1 MiB a thread. Sums are taken in
 /// fp32 (fp64 for an fp64 x), the result has x's dtype, and it is the same on any number of
-/// threads. A factorised payload is multiplied by its two factors. On a GPU the weight is
-/// decompressed for the duration of the call.
+/// threads. A factorised payload is multiplied by its two factors. On a GPU the kernels of
+/// fourfold::cuda read the codes; without them the weight is decompressed for the duration of the
+/// call.
 #include <ATen/ops/empty.h>
 #include <ATen/ops/matmul.h>
 #include <ATen/ops/zeros.h>
 #include <fourfold/core/isa.hpp>
 #include <fourfold/core/payload.hpp>
+#include <fourfold/torch/cuda_kernels.hpp>
 #include <fourfold/weights/detail/packed_matmul_rows.hpp>
 #include <fourfold/weights/detail/packed_matmul_tiles.hpp>
 
+#include <optional>
+#include <string>
 #include <vector>
 
 namespace fourfold::inline v0 {
 namespace detail::packed {
+
+/// The formats that have a packed product in kernels/, by the codec's name.
+inline std::optional<FourfoldFormat> kernel_format(const Payload& weight) {
+  const std::string codec = weight.codec();
+  if (codec == "Int8") return FourfoldFormat{.kind = 0, .bits = 8, .group = 128, .symmetric = 0};
+  if (codec == "Int4") return FourfoldFormat{.kind = 0, .bits = 4, .group = 64, .symmetric = 0};
+  if (codec == "Int8Symmetric")
+    return FourfoldFormat{.kind = 0, .bits = 8, .group = 128, .symmetric = 1};
+  if (codec == "Int4Symmetric")
+    return FourfoldFormat{.kind = 0, .bits = 4, .group = 64, .symmetric = 1};
+  if (codec == "Nf4") return FourfoldFormat{.kind = 1, .bits = 4, .group = 64, .symmetric = 0};
+  return std::nullopt;
+}
+
+/// False where no kernel takes it.
+inline bool multiply_by_kernel(const at::Tensor& matrix, const Payload& weight, bool transposed,
+                               const at::Tensor& out) {
+  const auto format = kernel_format(weight);
+  if (!format) return false;
+  return door::run_kernel(
+      matrix, [&](const FourfoldKernels& kernels, FourfoldDtype dtype, void* stream) {
+        return kernels.matmul(*format, /*transposed=*/!transposed, out.mutable_data_ptr(),
+                              matrix.const_data_ptr(), dtype, weight.buffers()[0].const_data_ptr(),
+                              weight.buffers()[1].const_data_ptr(), matrix.size(0),
+                              weight.sizes()[0], weight.sizes()[1], stream);
+      });
+}
 
 inline at::Tensor product(const char* what, const at::Tensor& x, const Payload& weight,
                           bool transposed, Isa isa) {
@@ -43,16 +74,17 @@ inline at::Tensor product(const char* what, const at::Tensor& x, const Payload& 
     return transposed ? at::matmul(at::matmul(values, right.t()), left.t())
                       : at::matmul(at::matmul(values, left), right);
   }
-  if (!x.device().is_cpu()) {  // where kernels of fourfold::cuda will take over
-    const at::Tensor dense = weight.decompress().to(x.scalar_type());
-    return at::matmul(values, transposed ? dense.t() : dense);
-  }
   std::vector<std::int64_t> out_sizes = x.sizes().vec();
   out_sizes.back() = free;
   const std::int64_t rows = c10::multiply_integers(x.sizes().slice(0, x.dim() - 1));
   if (rows == 0 || free == 0 || summed == 0) return at::zeros(out_sizes, x.options());
   const at::Tensor out = at::empty({rows, free}, x.options());
   const at::Tensor matrix = values.reshape({rows, summed}).contiguous();
+  if (!x.device().is_cpu()) {
+    if (multiply_by_kernel(matrix, weight, transposed, out)) return out.view(out_sizes);
+    const at::Tensor dense = weight.decompress().to(x.scalar_type());
+    return at::matmul(values, transposed ? dense.t() : dense);
+  }
   if (x.scalar_type() == at::kFloat && rows <= kFewRows) {
     const auto few = transposed ? multiply_rows_transposed : multiply_rows;
     few(isa, matrix.const_data_ptr<float>(), rows, weight, out.mutable_data_ptr<float>());

@@ -13,6 +13,7 @@
 #include <c10/util/Exception.h>
 #include <fourfold/codec/int_code.hpp>
 #include <fourfold/core/random.hpp>
+#include <fourfold/torch/cuda_kernels.hpp>
 
 #include <cstdint>
 #include <optional>
@@ -122,14 +123,37 @@ inline void warn_no_kernels() {
       "for a moment, since fourfold::cuda is not linked; link it to use its kernels");
 }
 
-/// The two calls that a CUDA tensor comes through.
+inline FourfoldFormat kernel_format(IntFormat f) {
+  return {.kind = 0, .bits = f.bits, .group = f.group, .symmetric = f.symmetric ? 1 : 0};
+}
+
+/// The two calls that a CUDA tensor comes through: by a kernel where there is one.
 inline std::vector<at::Tensor> cuda_compress(IntFormat f, const at::Tensor& values,
                                              const std::optional<Key>& key) {
+  const at::Tensor dense = values.contiguous();
+  const std::int64_t n = dense.numel();
+  const at::Tensor codes = at::empty({(n * f.bits + 7) / 8}, dense.options().dtype(at::kByte));
+  const at::Tensor words =
+      at::empty({(n + f.group - 1) / f.group}, dense.options().dtype(at::kInt));
+  const auto named = door::kernel_key(key);
+  if (door::run_kernel(dense,
+                       [&](const FourfoldKernels& kernels, FourfoldDtype dtype, void* stream) {
+                         return kernels.compress(kernel_format(f), codes.mutable_data_ptr(),
+                                                 words.mutable_data_ptr(), dense.const_data_ptr(),
+                                                 dtype, n, named ? &*named : nullptr, stream);
+                       }))
+    return {codes, words};
   warn_no_kernels();
   return encode_aten(f, values, key);
 }
 inline at::Tensor cuda_decompress(IntFormat f, const at::Tensor& codes, const at::Tensor& words,
                                   std::int64_t n, at::ScalarType dtype) {
+  const at::Tensor out = at::empty({n}, codes.options().dtype(dtype));
+  if (door::run_kernel(out, [&](const FourfoldKernels& kernels, FourfoldDtype type, void* stream) {
+        return kernels.decompress(kernel_format(f), out.mutable_data_ptr(), type,
+                                  codes.const_data_ptr(), words.const_data_ptr(), n, stream);
+      }))
+    return out;
   warn_no_kernels();
   at::Tensor values = decode_aten(f, codes, words, n);
   if (dtype == at::kHalf) values = values.clamp(-65504.0, 65504.0);  // as store_as saturates
