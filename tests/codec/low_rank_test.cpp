@@ -12,6 +12,15 @@
 #include <string>
 #include <vector>
 
+#include "../laws/codec_laws.hpp"
+
+template <>
+struct fourfold::laws::CodecDomain<fourfold::LowRank<4>> : AnyValues {
+  static constexpr bool kMatricesOnly = true;
+  static constexpr std::int64_t kSmallest = 4;
+};
+INSTANTIATE_TYPED_TEST_SUITE_P(LowRank, CodecLaws, ::testing::Types<fourfold::LowRank<4>>);
+
 namespace fourfold {
 namespace {
 

@@ -13,6 +13,10 @@
 /// after each half, one fixed seed. It works in fp64 on one copy of the values, on the device where
 /// they are. Where R + 8 is half of the smaller size or more, it is at::linalg_svd itself.
 ///
+/// A run repeats bit for bit. On another number of threads LAPACK may sum in another order: the
+/// factors then agree up to fp64 rounding, which rounding to a narrower dtype hides but for rare
+/// ties.
+///
 /// A NaN or an infinity is refused, and so is a rank above min(rows, columns).
 #include <ATen/core/Tensor.h>
 #include <ATen/CPUGeneratorImpl.h>
@@ -138,7 +142,8 @@ inline at::Tensor error_bound(const std::string& name, const at::Tensor& values,
   const double relative = (2 * unit + unit * unit + product) * (1 + 0x1p-6);
   const double absolute = smallest * std::sqrt(static_cast<double>(rank)) * 2;
   const at::Tensor rounding = left.mul(right).mul(relative).add(left.add(right).mul(absolute));
-  const at::Tensor inside = rounding.add(residual + smallest);
+  const at::Tensor inside =
+      rounding.add(residual + static_cast<double>(rank) * std::min(smallest, 0x1p-150));
   const at::Tensor bound = matrix.abs().mul(scale).add(inside).mul(unit).add(inside).add(smallest);
   return bound.mul(1 + 0x1p-20)
       .to(values.scalar_type() == at::kDouble ? at::kDouble : at::kFloat)
