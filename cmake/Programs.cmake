@@ -13,9 +13,11 @@ if(PROJECT_IS_TOP_LEVEL)
   find_program(FOURFOLD_CCACHE ccache)
   mark_as_advanced(FOURFOLD_CCACHE)
   if(FOURFOLD_CCACHE AND NOT CMAKE_CXX_COMPILER_LAUNCHER)
-    # Without the sloppiness ccache takes nothing that uses a precompiled header.
+    # Without the sloppiness ccache takes nothing that uses a precompiled header; with the base
+    # directory a second clone finds what the first has compiled.
     set(CMAKE_CXX_COMPILER_LAUNCHER "${CMAKE_COMMAND}" -E env
-        CCACHE_SLOPPINESS=pch_defines,time_macros "${FOURFOLD_CCACHE}")
+        CCACHE_SLOPPINESS=pch_defines,time_macros "CCACHE_BASEDIR=${PROJECT_SOURCE_DIR}"
+        CCACHE_NOHASHDIR=1 "${FOURFOLD_CCACHE}")
     set(CMAKE_CUDA_COMPILER_LAUNCHER "${FOURFOLD_CCACHE}")
   endif()
 endif()
