@@ -28,10 +28,16 @@ TEST(Isa, AvailableOnesAscendFromScalarToTheChosen) {
 TEST(Isa, TheEnvironmentOnlyLowers) {
   if (const char* asked = std::getenv("FOURFOLD_ISA"))
     for (Isa one : {Isa::kScalar, Isa::kAvx2, Isa::kAvx512})
-      if (name(one) == asked) EXPECT_LE(fourfold::isa(), one);
+      if (name(one) == asked) {
+        EXPECT_LE(fourfold::isa(), one);
+      }
 #if defined(__x86_64__)
-  if (fourfold::isa() == Isa::kAvx512) EXPECT_TRUE(__builtin_cpu_supports("avx512bw"));
-  if (fourfold::isa() >= Isa::kAvx2) EXPECT_TRUE(__builtin_cpu_supports("avx2"));
+  if (fourfold::isa() == Isa::kAvx512) {
+    EXPECT_TRUE(__builtin_cpu_supports("avx512bw"));
+  }
+  if (fourfold::isa() >= Isa::kAvx2) {
+    EXPECT_TRUE(__builtin_cpu_supports("avx2"));
+  }
 #endif
 }
 
