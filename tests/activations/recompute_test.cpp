@@ -2,12 +2,20 @@
 #include <fourfold/activations/activations.hpp>
 #include <fourfold/activations/recompute.hpp>
 
+#include <ATen/autocast_mode.h>
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 #include <torch/torch.h>
 
+#include <array>
+#include <cmath>
 #include <functional>
+#include <memory>
+#include <string>
+#include <string_view>
 #include <thread>
+#include <utility>
+#include <vector>
 
 namespace {
 
@@ -15,7 +23,6 @@ using fourfold::ActivationOptions;
 using fourfold::ActivationStore;
 namespace door = fourfold::door;
 namespace nn = torch::nn;
-namespace F = torch::nn::functional;
 
 ActivationOptions recompute() {
   ActivationOptions options;
@@ -112,20 +119,326 @@ void expect_equal(const Trained& a, const Trained& b) {
 TEST(Recompute, TwentyStepsWithDropoutAndInPlaceAreEqualToTheBit) {
   const auto store = ActivationStore::make(recompute());
   expect_equal(train(store, 20), train(nullptr, 20));
-  const auto counts = store->counts();
-  EXPECT_GT(counts.recomputed, 0);
+  EXPECT_GT(store->counts().recomputed, 0);
   EXPECT_LT(store->held_bytes().peak, store->plain_bytes().peak * 3 / 4);
   EXPECT_EQ(store->held_bytes().current, 0);
   EXPECT_EQ(store->plain_bytes().current, 0);
-  std::cout << store->explain() << '\n';
 }
 
-TEST(Recompute, FourBitsTrain) {
+TEST(Recompute, WithoutDropoutToo) {
+  const auto store = ActivationStore::make(recompute());
+  expect_equal(train(store, 5, 0.0), train(nullptr, 5, 0.0));
+}
+
+TEST(Recompute, UnderACodecWhatIsComputedAgainIsNotPacked) {
   auto options = recompute();
   fourfold::Activations<fourfold::Int4>::configure(options);
+  const auto both = ActivationStore::make(options);
+  options.recompute.clear();
+  const auto packed = ActivationStore::make(options);
+  const auto a = train(both, 3, 0.0), b = train(packed, 3, 0.0), plain = train(nullptr, 3, 0.0);
+  EXPECT_TRUE(torch::equal(a.losses[0], plain.losses[0]));  // the forward is exact
+  EXPECT_GT(both->counts().recomputed, 0);
+  EXPECT_LT(both->held_bytes().peak, packed->held_bytes().peak);
+  EXPECT_LT(packed->held_bytes().peak, packed->plain_bytes().peak / 4);
+}
+
+/// loss = sum((op(x * 1).mm(w)).square()), and what became of op's result.
+struct Case {
+  const char* name;
+  std::function<torch::Tensor(const torch::Tensor&)> op;
+  bool recomputed;
+};
+
+TEST(Recompute, EachOperatorIsExact) {
+  torch::manual_seed(0);
+  const auto values = torch::randn({64, 96}), w = torch::randn({96, 32}), row = torch::randn({96});
+  const auto scale = torch::rand({96}).requires_grad_(), shift = torch::rand({96}).requires_grad_();
+  const auto other = torch::randn({64, 96}).requires_grad_();
+  const std::vector<Case> cases{
+      {"gelu", [](auto& x) { return torch::gelu(x); }, true},
+      {"gelu tanh", [](auto& x) { return at::gelu(x, "tanh"); }, true},
+      {"silu", [](auto& x) { return torch::silu(x); }, true},
+      {"leaky_relu", [](auto& x) { return torch::leaky_relu(x, 0.1); }, true},
+      {"softplus", [](auto& x) { return torch::softplus(x); }, true},
+      {"hardswish", [](auto& x) { return torch::hardswish(x); }, true},
+      {"mish", [](auto& x) { return torch::mish(x); }, true},
+      {"layer_norm", [&](auto& x) { return at::layer_norm(x, {96}, scale, shift); }, true},
+      {"rms_norm", [&](auto& x) { return at::rms_norm(x, {96}, scale); }, true},
+      {"gelu of gelu", [](auto& x) { return torch::gelu(torch::gelu(x)); }, true},
+      {"four deep",
+       [](auto& x) { return torch::gelu(torch::silu(torch::mish(torch::softplus(x)))); }, true},
+      {"gate", [&](auto& x) { return torch::silu(x) * (x * row); }, true},
+      {"dropout", [](auto& x) { return torch::dropout(torch::gelu(x), 0.3, true); }, true},
+      {"own result", [](auto& x) { return torch::sigmoid(x); }, false},
+      {"sum", [&](auto& x) { return x + other; }, false},
+      {"relu_",
+       [](auto& x) {
+         auto y = x + 1;
+         return torch::relu_(y);
+       },
+       false},
+      {"random", [](auto& x) { return torch::rrelu(x, 0.1, 0.3, true); }, false},
+  };
+  for (const Case& one : cases) {
+    SCOPED_TRACE(one.name);
+    const auto run = [&](const std::shared_ptr<ActivationStore>& store) {
+      torch::manual_seed(1);
+      const auto x = values.clone().requires_grad_();
+      const auto weight = w.clone().requires_grad_();
+      const auto forward = [&] { return one.op(x * 1).mm(weight).square().sum(); };
+      auto loss = store ? within(store, forward) : forward();
+      loss.backward({}, /*retain_graph=*/true);
+      loss.backward();
+      return std::pair(x.grad(), weight.grad());
+    };
+    const auto store = ActivationStore::make(recompute());
+    const auto ours = run(store), plain = run(nullptr);
+    EXPECT_TRUE(torch::equal(ours.first, plain.first));
+    EXPECT_TRUE(torch::equal(ours.second, plain.second));
+    EXPECT_EQ(store->counts().recomputed > 0, one.recomputed) << store->explain();
+    EXPECT_LE(store->held_bytes().peak, store->plain_bytes().peak);
+    EXPECT_EQ(store->held_bytes().current, 0);
+  }
+}
+
+struct OnlySilu {
+  static constexpr std::array<std::string_view, 1> kOperators{"aten::silu"};
+};
+
+TEST(Recompute, AUsersListIsTakenAsItIs) {
+  ActivationOptions options;
+  options.recompute = fourfold::operator_names<OnlySilu>();
   const auto store = ActivationStore::make(options);
-  auto a = train(store, 20);
-  std::cout << store->explain() << '\n' << a.losses.back() << train(nullptr, 20).losses.back();
+  const auto w = torch::randn({64, 64}).requires_grad_();
+  const auto x = torch::randn({64, 64}).requires_grad_();
+  within(store, [&] { return torch::gelu(x * 1).mm(w).sum(); }).backward();
+  EXPECT_EQ(store->counts().recomputed, 0);
+  within(store, [&] { return torch::silu(x * 1).mm(w).sum(); }).backward();
+  EXPECT_EQ(store->counts().recomputed, 1);
+}
+
+TEST(Recompute, AnInputWrittenInPlaceIsComputedFromBefore) {
+  // gelu's result, saved by the product, is to be computed from gelu's input h, then written to.
+  const auto run = [](const std::shared_ptr<ActivationStore>& store) {
+    torch::manual_seed(2);
+    const auto x = torch::randn({64, 64}).requires_grad_();
+    const auto v = torch::randn({64, 64}).requires_grad_();
+    const auto forward = [&] {
+      torch::Tensor h = x * 2;
+      const torch::Tensor product = torch::gelu(h) * v;
+      h.add_(100);  // an error for gelu's own backward, not for v's gradient
+      return product.sum();
+    };
+    const auto loss = store ? within(store, forward) : forward();
+    return torch::autograd::grad({loss}, {v})[0];
+  };
+  const auto store = ActivationStore::make(recompute());
+  EXPECT_TRUE(torch::equal(run(store), run(nullptr)));
+  EXPECT_EQ(store->counts().materialised, 1) << store->explain();
+}
+
+TEST(Recompute, AWriteOutsideOfTheScopeIsAnErrorAndNotAWrongGradient) {
+  const auto store = ActivationStore::make(recompute());
+  const auto x = torch::randn({64, 64}).requires_grad_();
+  const auto w = torch::randn({64, 64}).requires_grad_();
+  torch::Tensor h;
+  const auto loss = within(store, [&] {
+    h = x * 2;
+    return torch::gelu(h).mm(w).sum();
+  });
+  {
+    const torch::NoGradGuard no_grad;
+    h.add_(1);
+  }
+  std::string error;
+  try {
+    loss.backward();
+  } catch (const c10::Error& thrown) {
+    error = thrown.what_without_backtrace();
+  }
+  EXPECT_THAT(error, ::testing::HasSubstr("modified by an inplace operation"));
+}
+
+TEST(Recompute, AResultWrittenInPlaceIsAnotherValue) {
+  const auto run = [](const std::shared_ptr<ActivationStore>& store) {
+    torch::manual_seed(2);
+    const auto x = torch::randn({64, 64}).requires_grad_();
+    const auto w = torch::randn({64, 64}).requires_grad_();
+    const auto forward = [&] {
+      auto y = torch::gelu(x * 2);
+      y.mul_(3).add_(x);  // legal: gelu saved its input
+      auto z = torch::silu(x * 1);
+      z.variable_data().add_(1);  // behind the version counter's back
+      return (y.mm(w) + z.mm(w)).sum();
+    };
+    const auto loss = store ? within(store, forward) : forward();
+    loss.backward();
+    return std::pair(x.grad(), w.grad());
+  };
+  const auto store = ActivationStore::make(recompute());
+  const auto ours = run(store), plain = run(nullptr);
+  EXPECT_TRUE(torch::equal(ours.first, plain.first));
+  EXPECT_TRUE(torch::equal(ours.second, plain.second));
+}
+
+// A large parameter may be written to by an optimizer before backward, and plain LibTorch would not
+// mind where an addition read it. So nothing is computed from one.
+TEST(Recompute, ParametersAreNotComputedFrom) {
+  const auto run = [](const std::shared_ptr<ActivationStore>& store) {
+    const auto bias = torch::ones({256, 256}).requires_grad_();
+    const auto w = torch::ones({256, 256}).requires_grad_();
+    const auto forward = [&] { return (bias + 1).mm(w).sum(); };
+    const auto loss = store ? within(store, forward) : forward();
+    {
+      const torch::NoGradGuard no_grad;
+      bias.mul_(5);
+    }
+    loss.backward();
+    return w.grad();
+  };
+  EXPECT_TRUE(torch::equal(run(ActivationStore::make(recompute())), run(nullptr)));
+}
+
+// The same for small ones, as layer_norm's: they are copied. (A large input of layer_norm is held
+// by its own backward.)
+TEST(Recompute, SmallParametersAreCopied) {
+  const auto run = [](const std::shared_ptr<ActivationStore>& store) {
+    torch::manual_seed(3);
+    const auto scale = torch::rand({64}).requires_grad_(),
+               w = torch::rand({64, 8}).requires_grad_();
+    const auto x = torch::randn({256, 64}).requires_grad_();
+    const auto forward = [&] { return torch::gelu(x * 1).add(scale).mm(w).sum(); };
+    const auto loss = store ? within(store, forward) : forward();
+    {
+      const torch::NoGradGuard no_grad;
+      scale.mul_(5);
+    }
+    loss.backward();
+    return w.grad();
+  };
+  const auto store = ActivationStore::make(recompute());
+  EXPECT_TRUE(torch::equal(run(store), run(nullptr)));
+  EXPECT_EQ(store->counts().recomputed, 1);
+}
+
+TEST(Recompute, DoubleBackwardIsExact) {
+  const auto run = [](const std::shared_ptr<ActivationStore>& store) {
+    torch::manual_seed(4);
+    const auto x = torch::randn({64, 64}).requires_grad_();
+    const auto w = torch::randn({64, 64}).requires_grad_();
+    const auto forward = [&] {
+      const auto y = at::layer_norm(torch::gelu(x * 1).mm(w), {64});
+      const auto gradient =
+          torch::autograd::grad({y.square().sum()}, {x}, {}, /*retain_graph=*/true,
+                                /*create_graph=*/true)[0];
+      return gradient.square().sum() + y.sum();  // a backward in the middle of a forward
+    };
+    const auto loss = store ? within(store, forward) : forward();
+    loss.backward();
+    return std::pair(x.grad(), w.grad());
+  };
+  const auto ours = run(ActivationStore::make(recompute())), plain = run(nullptr);
+  EXPECT_TRUE(torch::equal(ours.first, plain.first));
+  EXPECT_TRUE(torch::equal(ours.second, plain.second));
+}
+
+TEST(Recompute, GradientsAreThoseOfDifferences) {
+  torch::manual_seed(0);
+  const auto store = ActivationStore::make(recompute());
+  const auto w = torch::randn({32, 4}, torch::kDouble).requires_grad_();
+  const auto values = torch::randn({40, 32}, torch::kDouble);
+  const auto f = [&](const torch::Tensor& x) { return torch::gelu(x * 2).mm(w).square().sum(); };
+  const auto x = values.clone().requires_grad_();
+  within(store, [&] { return f(x); }).backward();
+  EXPECT_GT(store->counts().recomputed, 0);
+  const double h = 1e-5;  // truncation h^2, cancellation 2^-53 f / h: both far below 1e-5
+  for (const auto& [i, j] : {std::pair{0, 0}, std::pair{17, 5}, std::pair{39, 31}}) {
+    auto up = values.clone(), down = values.clone();
+    up[i][j] += h, down[i][j] -= h;
+    const double difference = (f(up) - f(down)).item<double>() / (2 * h);
+    EXPECT_NEAR(x.grad()[i][j].item<double>(), difference, 1e-5 * (1 + std::abs(difference)));
+  }
+}
+
+TEST(Recompute, AutocastCastsAsItDid) {
+  const auto run = [](const std::shared_ptr<ActivationStore>& store) {
+    torch::manual_seed(6);
+    nn::LayerNorm norm(nn::LayerNormOptions({128}));
+    nn::Linear up(128, 256), down(256, 128);
+    const auto x = torch::randn({64, 128}).requires_grad_();
+    const auto forward = [&] {
+      const auto h = down(torch::gelu(up(norm(x * 1))));
+      return torch::softplus(h).to(torch::kFloat).sum();  // autocast: softplus in fp32
+    };
+    at::autocast::set_autocast_enabled(at::kCPU, true);
+    at::autocast::set_autocast_dtype(at::kCPU, at::kBFloat16);
+    const auto loss = store ? within(store, forward) : forward();
+    at::autocast::clear_cache();
+    at::autocast::set_autocast_enabled(at::kCPU, false);
+    loss.backward();
+    return std::vector<torch::Tensor>{x.grad(), up->weight.grad(), down->weight.grad(),
+                                      norm->weight.grad()};
+  };
+  const auto store = ActivationStore::make(recompute());
+  const auto ours = run(store), plain = run(nullptr);
+  for (std::size_t i = 0; i < ours.size(); ++i) EXPECT_TRUE(torch::equal(ours[i], plain[i])) << i;
+  EXPECT_GT(store->counts().recomputed, 1);
+}
+
+TEST(Recompute, SharedModulesAndTwoBackwards) {
+  const auto run = [](const std::shared_ptr<ActivationStore>& store) {
+    torch::manual_seed(7);
+    nn::LayerNorm norm(nn::LayerNormOptions({64}));
+    nn::Linear shared(64, 64);
+    const auto x = torch::randn({64, 64}).requires_grad_();
+    const auto forward = [&] {
+      auto h = x * 1;
+      for (int i = 0; i < 3; ++i) h = h + torch::gelu(shared(norm(h)));
+      return h.sum();
+    };
+    const auto once = [&] { return store ? within(store, forward) : forward(); };
+    const auto a = once(), b = once();
+    b.backward();
+    a.backward();
+    return std::pair(x.grad(), shared->weight.grad());
+  };
+  const auto ours = run(ActivationStore::make(recompute())), plain = run(nullptr);
+  EXPECT_TRUE(torch::equal(ours.first, plain.first));
+  EXPECT_TRUE(torch::equal(ours.second, plain.second));
+}
+
+TEST(Recompute, TheTapeHoldsNothing) {
+  const auto store = ActivationStore::make(recompute());
+  const door::SavedTensorsScope scope(store);
+  const auto active = store->activate();
+  const c10::weak_intrusive_ptr<c10::StorageImpl> gone = [&] {
+    const auto x = torch::randn({64, 64}).requires_grad_();
+    const auto y = torch::gelu(x * 1) * 3;
+    return y.storage().getWeakStorageImpl();
+  }();
+  EXPECT_TRUE(gone.expired());
+  EXPECT_EQ(store->held_bytes().current, 0);
+}
+
+TEST(Recompute, BackwardElsewhereAfterEverythingIsGone) {
+  const auto gradient = [](bool elsewhere) {
+    torch::manual_seed(8);
+    Net net(64, 1, 0.1);
+    const auto x = torch::randn({4, 32, 64});
+    torch::Tensor loss;
+    {
+      const auto store = ActivationStore::make(recompute());
+      loss = within(store, [&] { return net->forward(x); });
+    }
+    if (elsewhere) {
+      std::thread([&] { loss.backward(); }).join();
+    } else {
+      loss.backward();
+    }
+    return net->head->weight.grad().clone();
+  };
+  EXPECT_TRUE(torch::equal(gradient(false), gradient(true)));
 }
 
 }  // namespace

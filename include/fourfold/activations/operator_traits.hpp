@@ -20,7 +20,8 @@ struct OperatorTraits {
   bool scales_in_place = false;      ///< mul_, div_: two values stay two values
   bool copies = false;               ///< its result has its argument's values, rounded at most
   bool sensitive = false;            ///< backward reads the result through exp: softmax
-  bool sign_only = false;            ///< backward reads the sign of the result alone: relu
+  bool reads_nonzero = false;        ///< backward asks of what it saved whether it is 0: relu
+  bool reads_positive = false;       ///< ... whether it is positive: leaky_relu
 
   OperatorTraits() = default;
   OperatorTraits(const c10::OperatorHandle& op, const std::vector<std::string_view>& cheap_names) {
@@ -45,7 +46,8 @@ struct OperatorTraits {
     scales_in_place = name == "mul_" || name == "div_";
     copies = name == "_to_copy" || name == "clone";
     sensitive = name == "_softmax" || name == "_log_softmax";
-    sign_only = name == "relu" || name == "relu_";
+    reads_nonzero = name == "relu" || name == "relu_";
+    reads_positive = name == "leaky_relu" || name == "leaky_relu_";
   }
 
  private:

@@ -18,6 +18,18 @@ inline constexpr std::int64_t kMostBytesCloned = 1 << 16;  ///< of an input that
 std::shared_ptr<Stored> rebuild(const Tape& tape, const Tape::Origin& origin, std::int64_t version,
                                 int depth);
 
+/// Whether plain LibTorch would throw too, should the input be written to before backward and out
+/// of our sight: the operator saved its input itself, or the input's own operator did.
+inline bool written_is_an_error(Stored& held, const OperatorCall& call,
+                                const OperatorCall::Argument& argument,
+                                const Tape::Origin* origin) {
+  if (held.kind() != StoredAs::kKept) return true;  // a copy, or computed
+  Kept& kept = static_cast<Kept&>(held);
+  if (kept.saved_by(call.time)) return true;
+  return argument.requires_grad && origin != nullptr &&
+         (kept.saved_by(origin->began) || kept.saved_by(origin->written));
+}
+
 inline std::optional<Rebuilt::Input> rebuild_input(const Tape& tape, const OperatorCall& call,
                                                    const OperatorCall::Argument& argument,
                                                    int depth) {
@@ -28,15 +40,16 @@ inline std::optional<Rebuilt::Input> rebuild_input(const Tape& tape, const Opera
   if (!argument.unchanged() || (origin != nullptr && origin->written > call.time))
     return std::nullopt;
   const Extent extent(argument.view);
-  if (std::shared_ptr<Stored> held =
-          tape.index()->find(key, argument.version, argument.view.dtype, extent))
+  std::shared_ptr<Stored> held =
+      tape.index()->find(key, argument.version, argument.view.dtype, extent);
+  if (held != nullptr && written_is_an_error(*held, call, argument, origin))
     return Rebuilt::Input{{}, std::move(held), argument.view};
-  if (argument.bytes <= kMostBytesCloned)
-    if (auto alive = argument.storage.lock())
-      return Rebuilt::Input{argument.view.on(c10::Storage(std::move(alive))).clone(), nullptr, {}};
   if (depth > 1 && origin != nullptr && origin->call != nullptr)
     if (std::shared_ptr<Stored> result = rebuild(tape, *origin, argument.version, depth - 1))
       return Rebuilt::Input{{}, std::move(result), argument.view};
+  if (argument.bytes <= kMostBytesCloned)
+    if (auto alive = argument.storage.lock())
+      return Rebuilt::Input{argument.view.on(c10::Storage(std::move(alive))).clone(), nullptr, {}};
   return std::nullopt;
 }
 

@@ -21,6 +21,7 @@ struct OperatorCall {
   struct Argument {
     at::IValue constant;  ///< what is not a tensor; a wrapped number; an undefined tensor
     bool tensor = false;  ///< the rest says which
+    bool requires_grad = false;
     StorageView view;
     std::int64_t version = 0, numel = 0, bytes = 0;
     WeakStorage storage{c10::Storage().getWeakStorageImpl()};

@@ -4,7 +4,7 @@
 ///
 ///   ActivationOptions options;
 ///   options.pack = pack_with<Int4>;                      // null: nothing is rounded
-///   options.recompute = {CheapOps::kNames...};           // empty: nothing is computed again
+///   options.recompute = operator_names<CheapOps>();      // empty: nothing is computed again
 ///   auto store = ActivationStore::make(std::move(options));
 ///   {
 ///     const door::SavedTensorsScope scope(store);
@@ -16,68 +16,45 @@
 /// A saved tensor is, in this order:
 ///  1. held as it is and not counted: a parameter (a leaf that asks for gradients, a view of one,
 ///     `keep_storages`), what is not dense (sparse, quantised, meta, packed, ...), empty;
-///  2. held as it is: integers, bool, complex, double; what its operator has yet to write; small
-///     (under `min_numel` values or `min_bytes`); a constant from outside of the scope; statistics
-///     (an eighth of its operator's largest argument or less); what `keep` says;
+///  2. held as it is: integers, complex; what its operator has yet to write; small (under
+///     `min_numel` values or `min_bytes`); a constant from outside of the scope; statistics (an
+///     eighth of its operator's largest argument or less); what `keep` says;
 ///  3. held by what holds its storage already;
-///  4. held exactly in one bit a value: dropout's noise; the sign that relu's backward reads;
+///  4. held exactly in one bit a value: dropout's noise and boolean masks; with `pack`, what the
+///     backward of relu and leaky_relu asks of it;
 ///  5. not held, but computed again from what is held anyway (`recompute`);
 ///  6. packed, rounded stochastically: softmax results by `pack_sensitive`, the rest by `pack`.
+///     Float, BFloat16 and Half only; a Double is held as it is.
 /// Without `pack` all of it is exact, and gradients are equal to the bit.
 ///
 /// A view comes back with its sizes, strides and dtype. Its offset is counted from the first value
 /// that is held, where a piece of a storage is held. What is packed is a value as it was saved;
 /// writing to it by a raw pointer afterwards is not seen (an operator's write is: the door throws
 /// LibTorch's error at unpacking, as without us).
-#include <ATen/Context.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/CPUGeneratorImpl.h>
+#include <ATen/ops/gt.h>
+#include <ATen/ops/ne.h>
+#include <fourfold/activations/activation_options.hpp>
 #include <fourfold/activations/rebuild.hpp>
 #include <fourfold/activations/saved_bytes.hpp>
 #include <fourfold/activations/stored.hpp>
 #include <fourfold/activations/tape.hpp>
-#include <fourfold/core/payload.hpp>
 #include <fourfold/core/place.hpp>
 #include <fourfold/torch/operators.hpp>
 #include <fourfold/torch/saved_tensors.hpp>
 
 #include <atomic>
 #include <cstdint>
-#include <functional>
 #include <memory>
 #include <mutex>
 #include <optional>
 #include <sstream>
 #include <string>
-#include <string_view>
 #include <utility>
 #include <vector>
 
 namespace fourfold::inline v0 {
-
-/// Packs values, rounded stochastically. A plain function, so that stores are not templates.
-using PackFunction = std::shared_ptr<const Payload> (*)(const at::Tensor& values, Key key);
-
-/// Packs values of at most two kinds exactly; null if there are more.
-using MaskFunction = std::shared_ptr<const Payload> (*)(const at::Tensor& values);
-
-template <StochasticCodec C>
-[[nodiscard]] std::shared_ptr<const Payload> pack_with(const at::Tensor& values, Key key) {
-  return make_payload<C>(values, key);
-}
-
-struct ActivationOptions {
-  PackFunction pack = nullptr;            ///< null: what is not recomputed is held as it is
-  PackFunction pack_sensitive = nullptr;  ///< for softmax results; null: they are held as they are
-  MaskFunction pack_mask = nullptr;       ///< null: masks are packed or held like all else
-  std::vector<std::string_view> recompute;  ///< operators, as "gelu" or "mylib::op"; static strings
-  int recompute_depth = 4;                  ///< operators that run again for one saved tensor
-  std::int64_t min_numel = 1024;
-  std::int64_t min_bytes = 4096;
-  std::function<bool(const at::Tensor&)> keep;  ///< true: held as it is
-  /// The payload that a dense tensor was decompressed from, or null: it is saved in its stead.
-  std::function<std::shared_ptr<const Payload>(const at::Tensor&)> payload_of;
-};
 
 class ActivationStore final : public door::SavedTensors,
                               public std::enable_shared_from_this<ActivationStore> {
@@ -125,11 +102,14 @@ class ActivationStore final : public door::SavedTensors,
   /// What this thread's operators are noted on, if this store was activated on it.
   [[nodiscard]] detail::Tape* tape() const;
 
-  std::shared_ptr<door::Saved> keep(const at::Tensor& tensor, bool written = true);
+  std::shared_ptr<door::Saved> keep(const at::Tensor& tensor, const detail::Tape* tape = nullptr,
+                                    bool written = true);
   std::shared_ptr<door::Saved> uncounted(const at::Tensor& tensor, std::atomic<std::int64_t>& kind);
   std::shared_ptr<door::Saved> as(const Stored& stored, detail::StorageView view);
   Stored choose(const at::Tensor& tensor, const detail::Extent& extent, detail::Tape* tape);
+  Stored borrowed(const at::Tensor& tensor, const detail::Extent& extent);
   Stored mask(const at::Tensor& tensor, const detail::Extent& extent);
+  Stored sign(const at::Tensor& tensor, const detail::Extent& extent, bool positive);
   Stored packed(const at::Tensor& tensor, detail::Extent extent, PackFunction pack,
                 detail::Tape* tape);
   [[nodiscard]] bool stays(const at::Tensor& tensor, const at::Tensor& attached,
@@ -190,9 +170,11 @@ inline std::shared_ptr<door::Saved> ActivationStore::uncounted(const at::Tensor&
   return std::make_shared<detail::SavedAsIs>(tensor);
 }
 
-inline std::shared_ptr<door::Saved> ActivationStore::keep(const at::Tensor& tensor, bool written) {
+inline std::shared_ptr<door::Saved> ActivationStore::keep(const at::Tensor& tensor,
+                                                          const detail::Tape* tape, bool written) {
   const auto values = static_cast<std::int64_t>(tensor.storage().nbytes() / tensor.element_size());
   auto kept = std::make_shared<detail::Kept>(index_->use(tensor.storage()), tensor, values);
+  if (tape != nullptr && tape->frame() != nullptr) kept->note_saver(tape->frame()->time);
   kept->use()->note_saved();
   if (written) index_->add(kept);
   totals_->kept.fetch_add(1, std::memory_order_relaxed);
@@ -217,7 +199,8 @@ inline std::shared_ptr<door::Saved> ActivationStore::as(const Stored& stored,
 
 inline bool ActivationStore::stays(const at::Tensor& tensor, const at::Tensor& attached,
                                    const detail::Tape* tape) const {
-  if (!at::isFloatingType(tensor.scalar_type())) return true;
+  const bool bits = tensor.scalar_type() == at::kBool && tensor.is_cpu();
+  if (!at::isFloatingType(tensor.scalar_type()) && !bits) return true;
   if (options_.keep && options_.keep(tensor)) return true;
   c10::StorageImpl* const key = tensor.storage().unsafeGetStorageImpl();
   const detail::Tape::Origin* origin = tape ? tape->origin(key) : nullptr;
@@ -242,43 +225,51 @@ inline std::shared_ptr<door::Saved> ActivationStore::pack_attached(const at::Ten
   detail::Tape* const tape = this->tape();
   const std::int64_t version = tensor._version();
   if (tape != nullptr && tape->frame() != nullptr && tape->frame()->unwritten(key, version))
-    return keep(tensor, /*written=*/false);
+    return keep(tensor, tape, /*written=*/false);
   detail::StorageView view(tensor);
   const detail::Extent extent(view);
   if (Stored found = index_->find(key, version, view.dtype, extent)) {
     if (found->kind() != detail::StoredAs::kKept) return as(found, std::move(view));
+    if (tape != nullptr && tape->frame() != nullptr)
+      static_cast<detail::Kept&>(*found).note_saver(tape->frame()->time);
     found->use()->note_saved();
     totals_->kept.fetch_add(1, std::memory_order_relaxed);
     return std::make_shared<detail::SavedAsIs>(tensor, std::move(found));
   }
-  if (stays(tensor, attached, tape)) return keep(tensor);
+  if (options_.payload_of && extent.dense())
+    if (Stored lent = borrowed(tensor, extent)) return as(lent, std::move(view));
+  if (stays(tensor, attached, tape)) return keep(tensor, tape);
+  const PlaceGuard place(Place::kActivations);
   const auto bytes = static_cast<std::int64_t>(tensor.nbytes());
   if (tensor.numel() < options_.min_numel || bytes < options_.min_bytes) {
     const auto around = static_cast<std::int64_t>(tensor.storage().nbytes());
-    if (around < (1 << 16) || around < 16 * bytes) return keep(tensor);
+    if (around < (1 << 16) || around < 16 * bytes) return keep(tensor, tape);
     totals_->kept.fetch_add(1, std::memory_order_relaxed);
-    return std::make_shared<detail::SavedPiece>(tensor, totals_);
+    return std::make_shared<detail::SavedPiece>(tensor, index_->use(tensor.storage()));
   }
-  const PlaceGuard place(Place::kActivations);
   const Stored stored = choose(tensor, extent, tape);
-  return stored == nullptr ? keep(tensor) : as(stored, std::move(view));
+  return stored == nullptr ? keep(tensor, tape) : as(stored, std::move(view));
+}
+
+inline ActivationStore::Stored ActivationStore::borrowed(const at::Tensor& tensor,
+                                                         const detail::Extent& extent) {
+  std::shared_ptr<const Payload> payload = options_.payload_of(tensor);
+  if (payload == nullptr || payload->dtype() != tensor.scalar_type() ||
+      c10::multiply_integers(payload->sizes()) != extent.span)
+    return nullptr;
+  auto stored = std::make_shared<detail::Packed>(index_->use(tensor.storage()), tensor._version(),
+                                                 tensor.scalar_type(), extent, std::move(payload),
+                                                 /*exact=*/false, /*borrowed=*/true);
+  index_->add(stored);
+  return stored;
 }
 
 inline ActivationStore::Stored ActivationStore::choose(const at::Tensor& tensor,
                                                        const detail::Extent& extent,
                                                        detail::Tape* tape) {
-  if (options_.payload_of && extent.dense())
-    if (std::shared_ptr<const Payload> payload = options_.payload_of(tensor))
-      if (payload->dtype() == tensor.scalar_type() &&
-          c10::multiply_integers(payload->sizes()) == extent.span) {
-        auto stored = std::make_shared<detail::Packed>(
-            index_->use(tensor.storage()), tensor._version(), tensor.scalar_type(), extent,
-            std::move(payload), /*exact=*/false, /*borrowed=*/true);
-        index_->add(stored);
-        return stored;
-      }
   c10::StorageImpl* const key = tensor.storage().unsafeGetStorageImpl();
   const detail::Tape::Origin* origin = tape ? tape->origin(key) : nullptr;
+  if (tensor.scalar_type() == at::kBool) return mask(tensor, extent);
   if (origin != nullptr && origin->two_values)
     if (Stored stored = mask(tensor, extent)) return stored;
   if (origin != nullptr && origin->call != nullptr)
@@ -290,6 +281,8 @@ inline ActivationStore::Stored ActivationStore::choose(const at::Tensor& tensor,
       (dtype != at::kFloat && dtype != at::kBFloat16 && dtype != at::kHalf))
     return nullptr;
   const detail::Tape::Frame* frame = tape ? tape->frame() : nullptr;
+  if (frame != nullptr && (frame->traits->reads_nonzero || frame->traits->reads_positive))
+    if (Stored stored = sign(tensor, extent, frame->traits->reads_positive)) return stored;
   const bool result = frame != nullptr && frame->argument(key) == nullptr;
   if (result && frame->traits->sensitive)
     return options_.pack_sensitive ? packed(tensor, extent, options_.pack_sensitive, tape)
@@ -308,6 +301,21 @@ inline ActivationStore::Stored ActivationStore::mask(const at::Tensor& tensor,
                                                  /*exact=*/true);
   index_->add(stored);
   return stored;
+}
+
+/// What relu's backward asks, exactly: in few bits small values would round to 0. For its node
+/// alone, since these are not the tensor's values.
+inline ActivationStore::Stored ActivationStore::sign(const at::Tensor& tensor,
+                                                     const detail::Extent& extent, bool positive) {
+  if (options_.pack_mask == nullptr || !extent.dense()) return nullptr;
+  const at::ScalarType dtype = tensor.scalar_type();
+  const at::Tensor values = extent.view(dtype).on(tensor.storage());
+  const std::shared_ptr<const Payload> bits =
+      options_.pack_mask(positive ? at::gt(values, 0) : at::ne(values, 0));
+  if (bits == nullptr) return nullptr;
+  return std::make_shared<detail::Packed>(index_->use(tensor.storage()), tensor._version(), dtype,
+                                          extent, bits->to(tensor.device(), dtype),
+                                          /*exact=*/true);
 }
 
 inline ActivationStore::Stored ActivationStore::packed(const at::Tensor& tensor,

@@ -15,6 +15,8 @@
 #include <fourfold/torch/operators.hpp>      // OperatorsPause
 #include <fourfold/torch/saved_tensors.hpp>  // Saved
 
+#include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <memory>
 #include <mutex>
@@ -115,6 +117,9 @@ class StorageIndex : public std::enable_shared_from_this<StorageIndex> {
   [[nodiscard]] SavedTotals& totals() const { return *totals_; }
   [[nodiscard]] const std::shared_ptr<SavedTotals>& shared_totals() const { return totals_; }
 
+  /// Later than all before: what one tape noted may be looked up on another.
+  [[nodiscard]] std::uint64_t tick() { return clock_.fetch_add(1, std::memory_order_relaxed) + 1; }
+
   [[nodiscard]] std::shared_ptr<StorageUse> use(const WeakStorage& storage, std::int64_t bytes) {
     const std::lock_guard lock(mutex_);
     Entry& entry = entries_[storage._unsafe_get_target()];
@@ -205,6 +210,7 @@ class StorageIndex : public std::enable_shared_from_this<StorageIndex> {
   }
 
   const std::shared_ptr<SavedTotals> totals_;
+  std::atomic<std::uint64_t> clock_{0};
   mutable std::mutex mutex_;
   std::unordered_map<c10::StorageImpl*, Entry> entries_;
   std::unordered_map<c10::StorageImpl*, WeakStorage> exact_;
@@ -249,6 +255,15 @@ class Kept final : public Stored {
     for (const auto& weak : dependents)
       if (const auto one = weak.lock()) one->before_input_write();
   }
+  /// An operator, by its time on the tape, saved it.
+  void note_saver(std::uint64_t time) {
+    const std::lock_guard lock(mutex_);
+    if (savers_.empty() || savers_.back() != time) savers_.push_back(time);
+  }
+  [[nodiscard]] bool saved_by(std::uint64_t time) {
+    const std::lock_guard lock(mutex_);
+    return time != 0 && std::find(savers_.begin(), savers_.end(), time) != savers_.end();
+  }
   void add_dependent(std::weak_ptr<Stored> stored) {
     const std::lock_guard lock(mutex_);
     dependents_.push_back(std::move(stored));
@@ -259,6 +274,7 @@ class Kept final : public Stored {
   const c10::VariableVersion counter_;
   std::mutex mutex_;
   std::vector<std::weak_ptr<Stored>> dependents_;
+  std::vector<std::uint64_t> savers_;
 };
 
 /// A payload. While anybody reads what it decompressed to, everybody reads the same copy.
@@ -317,13 +333,16 @@ class SavedView final : public door::Saved {
 /// In the graph: a few values out of a large storage, which may go.
 class SavedPiece final : public door::Saved {
  public:
-  explicit SavedPiece(const at::Tensor& tensor, std::shared_ptr<SavedTotals> totals)
+  SavedPiece(const at::Tensor& tensor, std::shared_ptr<StorageUse> use)
       : copy_(tensor.clone(at::MemoryFormat::Contiguous)),
         strides_(tensor.strides()),
-        totals_(std::move(totals)) {
-    totals_->held.add(static_cast<std::int64_t>(copy_.nbytes()));
+        use_(std::move(use)) {
+    use_->note_saved();
+    use_->index()->totals().held.add(static_cast<std::int64_t>(copy_.nbytes()));
   }
-  ~SavedPiece() override { totals_->held.add(-static_cast<std::int64_t>(copy_.nbytes())); }
+  ~SavedPiece() override {
+    use_->index()->totals().held.add(-static_cast<std::int64_t>(copy_.nbytes()));
+  }
   at::Tensor unpack() override {
     if (copy_.strides() == at::IntArrayRef(strides_)) return copy_;
     const door::OperatorsPause pause;
@@ -333,7 +352,7 @@ class SavedPiece final : public door::Saved {
  private:
   const at::Tensor copy_;
   const c10::DimVector strides_;
-  const std::shared_ptr<SavedTotals> totals_;
+  const std::shared_ptr<StorageUse> use_;
 };
 
 /// In the graph: the tensor itself, detached. The door compares versions.

@@ -45,9 +45,9 @@ class Tape final : public door::OperatorObserver {
     WeakStorage storage{c10::Storage().getWeakStorageImpl()};
     std::shared_ptr<const OperatorCall> call;  ///< of a cheap operator; else null
     std::size_t result = 0;
-    std::uint64_t time = 0;     ///< when its operator was done
-    std::uint64_t written = 0;  ///< when it was last written to in place
-    bool assembled = false;     ///< parts of it may never have been written
+    std::uint64_t began = 0, time = 0;  ///< its operator; 0: it comes from outside
+    std::uint64_t written = 0;          ///< when it was last written to in place
+    bool assembled = false;             ///< parts of it may never have been written
     bool two_values = false;
   };
 
@@ -81,7 +81,7 @@ class Tape final : public door::OperatorObserver {
     Frame& frame = push();
     try {
       frame.traits = &traits;
-      frame.time = ++clock_;
+      frame.time = index_->tick();
       for (const at::IValue& value : arguments) collect(value, frame.tensors);
       for (std::size_t i : traits.written) note_write(frame, arguments[i]);
       if (traits.cheap && at::GradMode::is_enabled() && !(traits.casts && autocasting()))
@@ -96,7 +96,7 @@ class Tape final : public door::OperatorObserver {
   void after(const c10::OperatorHandle&, const c10::Stack& stack) override {
     Frame& frame = *frames_[depth_ - 1];
     const at::ArrayRef<at::IValue> results = last(stack, frame.traits->results);
-    const std::uint64_t now = ++clock_;
+    const std::uint64_t now = index_->tick();
     bool fresh = false;
     for (std::size_t i = 0; i < results.size(); ++i) {
       if (!results[i].isTensor()) continue;  // lists of results are views or rare
@@ -107,7 +107,7 @@ class Tape final : public door::OperatorObserver {
       Origin& origin = origin_of(tensor.storage());
       fresh = true;
       if (origin.time > frame.time) continue;  // an operator within this one knows better
-      origin.time = now, origin.written = 0;
+      origin.began = frame.time, origin.time = now, origin.written = 0;
       origin.two_values = false;
       origin.assembled = frame.traits->assembles;
       origin.call = nullptr;
@@ -209,6 +209,7 @@ class Tape final : public door::OperatorObserver {
       argument.tensor = true;
       argument.view = StorageView(tensor);
       argument.version = tensor._version();
+      argument.requires_grad = tensor.requires_grad();
       argument.numel = tensor.numel();
       argument.counter = tensor.unsafeGetTensorImpl()->version_counter();
       argument.bytes = static_cast<std::int64_t>(tensor.nbytes());
@@ -274,7 +275,6 @@ class Tape final : public door::OperatorObserver {
   std::size_t sweep_at_ = 256;
   std::vector<std::unique_ptr<Frame>> frames_;
   std::size_t depth_ = 0;
-  std::uint64_t clock_ = 0;
   std::uint64_t forward_ = 0, storages_ = 0;
 };
 

@@ -1,0 +1,48 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+/// How an ActivationStore packs, and what it leaves alone.
+#include <ATen/core/Tensor.h>
+#include <fourfold/codec/bit_mask.hpp>
+#include <fourfold/core/payload.hpp>
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+namespace fourfold::inline v0 {
+
+/// Packs values, rounded stochastically. A plain function, so that stores are not templates.
+using PackFunction = std::shared_ptr<const Payload> (*)(const at::Tensor& values, Key key);
+
+/// Packs values of at most two kinds exactly; null if there are more.
+using MaskFunction = std::shared_ptr<const Payload> (*)(const at::Tensor& values);
+
+[[nodiscard]] inline std::shared_ptr<const Payload> pack_bits(const at::Tensor& values) {
+  std::optional<BitMask::Packed> packed = BitMask::try_compress(values);
+  if (!packed) return nullptr;
+  return std::make_shared<CodecPayload<BitMask>>(std::move(*packed));
+}
+
+template <StochasticCodec C>
+[[nodiscard]] std::shared_ptr<const Payload> pack_with(const at::Tensor& values, Key key) {
+  return make_payload<C>(values, key);
+}
+
+struct ActivationOptions {
+  PackFunction pack = nullptr;            ///< null: what is not recomputed is held as it is
+  PackFunction pack_sensitive = nullptr;  ///< for softmax results; null: they are held as they are
+  MaskFunction pack_mask = pack_bits;     ///< null: masks are packed or held like all else
+  std::vector<std::string_view> recompute;  ///< operators, as "gelu" or "mylib::op"; static strings
+  int recompute_depth = 4;                  ///< operators that run again for one saved tensor
+  std::int64_t min_numel = 1024;
+  std::int64_t min_bytes = 4096;
+  std::function<bool(const at::Tensor&)> keep;  ///< true: held as it is
+  /// The payload that a dense tensor was decompressed from, or null: it is saved in its stead.
+  std::function<std::shared_ptr<const Payload>(const at::Tensor&)> payload_of;
+};
+
+}  // namespace fourfold::inline v0
