@@ -172,9 +172,8 @@ auto checkpoint(const CheckpointOptions& options, Fn&& fn, Inputs&&... inputs)
             },
             again.inputs);
       });
-  return frame->first_run(tensors, [&]() -> detail::BlockResult<Fn, Inputs...> {
-    return detail::call_block(std::forward<Fn>(fn), std::forward<Inputs>(inputs)...);
-  });
+  const detail::CheckpointFrame::FirstRun first_run(frame, tensors);
+  return detail::call_block(std::forward<Fn>(fn), std::forward<Inputs>(inputs)...);
 }
 
 template <class Fn, class... Inputs>

@@ -113,29 +113,35 @@ class CheckpointFrame final : public door::SavedTensors,
     if (options_.preserve_random_state) random_ = door::RandomState(devices);
   }
 
-  /// The block's first run: `fn` with this frame as the packer.
-  template <class Fn>
-  decltype(auto) first_run(const std::vector<at::Tensor>& inputs, Fn&& fn) {
-    struct Finish {  // also for a block that throws: what it saved may live on in what it kept
-      explicit Finish(CheckpointFrame& f, const std::vector<at::Tensor>& i) : frame(f), inputs(i) {
-        for (const at::Tensor& tensor : inputs) versions.push_back(version(tensor));
-      }
-      ~Finish() {
-        const std::lock_guard lock(frame.mutex_);
-        frame.complete_ = true;
-        for (std::size_t i = 0; i < inputs.size(); ++i)
-          frame.inputs_[i].written = version(inputs[i]) != versions[i];
-      }
-      static std::int64_t version(const at::Tensor& tensor) {
-        return tensor.defined() && !tensor.is_inference() ? tensor._version() : 0;
-      }
-      CheckpointFrame& frame;
-      const std::vector<at::Tensor>& inputs;
-      std::vector<std::int64_t> versions;
-    } finish(*this, inputs);
-    const door::SavedTensorsScope scope(shared_from_this(), /*in_backward=*/true);
-    return StateWrites::watch(written_, std::forward<Fn>(fn));
-  }
+  /// While it lives, the block runs for the first time: the frame is the packer.
+  class [[nodiscard]] FirstRun {
+   public:
+    FirstRun(const std::shared_ptr<CheckpointFrame>& frame, const std::vector<at::Tensor>& inputs)
+        : frame_(*frame),
+          inputs_(inputs),
+          scope_(frame, /*in_backward=*/true),
+          writes_(frame_.written_) {
+      for (const at::Tensor& tensor : inputs_) versions_.push_back(version(tensor));
+    }
+    ~FirstRun() {  // also of a block that throws: what it saved may live on in what it kept
+      const std::lock_guard lock(frame_.mutex_);
+      frame_.complete_ = true;
+      for (std::size_t i = 0; i < inputs_.size(); ++i)
+        frame_.inputs_[i].written = version(inputs_[i]) != versions_[i];
+    }
+    FirstRun(const FirstRun&) = delete;
+    FirstRun& operator=(const FirstRun&) = delete;
+
+   private:
+    static std::int64_t version(const at::Tensor& tensor) {
+      return tensor.defined() && !tensor.is_inference() ? tensor._version() : 0;
+    }
+    CheckpointFrame& frame_;
+    const std::vector<at::Tensor>& inputs_;
+    std::vector<std::int64_t> versions_;
+    const door::SavedTensorsScope scope_;  // keeps the frame
+    const StateWrites writes_;
+  };
 
   std::shared_ptr<door::Saved> pack(const at::Tensor& tensor) override {
     return pack_attached(tensor, tensor);

@@ -34,7 +34,7 @@ template struct ExposeInputs<&at::RecordFunction::inputs_>;
 
 /// Notes, while it lives, each storage of a leaf that this thread writes to in place, by name of
 /// the operator ("..._", an out overload, a batch norm's running statistics). Watches nest.
-class StateWrites {
+class [[nodiscard]] StateWrites {
  public:
   /// Larger ones are put back as they were, but a second run reads their newest value.
   static constexpr std::size_t kMostBytesKept = 1 << 16;
@@ -44,28 +44,19 @@ class StateWrites {
     at::Tensor before;  // its bytes before the first write; undefined where they were too many
   };
 
-  /// Runs `fn` and returns what it wrote that is still alive: what only `fn` knew is gone by then.
-  template <class Fn>
-  static decltype(auto) watch(std::vector<Written>& written, Fn&& fn) {
-    struct Watch {
-      explicit Watch(std::vector<Written>& list) : writes(list), outer(innermost()) {
-        innermost() = &writes;
-        writes.outer_ = outer;
-        handle = at::addThreadLocalCallback(at::RecordFunctionCallback(&before_operator)
-                                                .needsInputs(true)
-                                                .scopes({at::RecordScope::FUNCTION}));
-      }
-      ~Watch() {
-        at::removeCallback(handle);
-        innermost() = outer;
-        std::erase_if(writes.written_, [](const Written& one) { return one.storage.expired(); });
-      }
-      StateWrites writes;
-      StateWrites* outer;
-      at::CallbackHandle handle;
-    } watch(written);
-    return std::forward<Fn>(fn)();
+  /// Notes into `written`, which keeps at the end what is still alive: what only the watched code
+  /// knew is gone by then.
+  explicit StateWrites(std::vector<Written>& written)
+      : written_(written), outer_(innermost()), handle_(add_callback()) {
+    innermost() = this;
   }
+  ~StateWrites() {
+    at::removeCallback(handle_);
+    innermost() = outer_;
+    std::erase_if(written_, [](const Written& one) { return one.storage.expired(); });
+  }
+  StateWrites(const StateWrites&) = delete;
+  StateWrites& operator=(const StateWrites&) = delete;
 
   /// The bytes of what was written, put back when it dies; while it lives, what the first run
   /// found.
@@ -97,8 +88,11 @@ class StateWrites {
   };
 
  private:
-  explicit StateWrites(std::vector<Written>& written) : written_(written) {}
-
+  static at::CallbackHandle add_callback() {
+    return at::addThreadLocalCallback(at::RecordFunctionCallback(&before_operator)
+                                          .needsInputs(true)
+                                          .scopes({at::RecordScope::FUNCTION}));
+  }
   static StateWrites*& innermost() {
     static thread_local StateWrites* writes = nullptr;
     return writes;
@@ -149,7 +143,8 @@ class StateWrites {
   }
 
   std::vector<Written>& written_;
-  StateWrites* outer_ = nullptr;
+  StateWrites* const outer_;
+  const at::CallbackHandle handle_;
 };
 
 }  // namespace fourfold::inline v0
