@@ -328,9 +328,10 @@ TEST_F(ParametersDoor, AddmmTakesItsScalars) {
     const at::Tensor y = at::addmm(bias, x, w.t(), beta, alpha),
                      wanted = at::addmm(bias, x, values.t(), beta, alpha);
     EXPECT_LE((y - wanted).abs().max().item<double>(), 0x1p-40);
-    if (beta != 0)
+    if (beta != 0) {
       EXPECT_TRUE(torch::equal(torch::autograd::grad({y.sum()}, {bias})[0],
                                torch::full({7}, 3 * beta, at::kDouble)));
+    }
   }
   EXPECT_TRUE(torch::allclose(at::addmm(w, torch::eye(7, at::kDouble), w),
                               2 * values));  // packed on every place
