@@ -24,10 +24,10 @@ struct CodecDomain<GroupQuantizer<F>> : AnyValues {
 }  // namespace fourfold::laws
 
 using OddGroups = fourfold::GroupQuantizer<fourfold::IntFormat{.bits = 4, .group = 24}>;
-INSTANTIATE_TYPED_TEST_SUITE_P(
-    GroupInt, CodecLaws,
+using GroupIntCodecs =
     ::testing::Types<fourfold::Int8, fourfold::Int4, fourfold::Int2, fourfold::Int8Symmetric,
-                     fourfold::Int4Symmetric, fourfold::Int2Symmetric, OddGroups>);
+                     fourfold::Int4Symmetric, fourfold::Int2Symmetric, OddGroups>;
+INSTANTIATE_TYPED_TEST_SUITE_P(GroupInt, CodecLaws, GroupIntCodecs);
 
 namespace {
 
