@@ -27,7 +27,8 @@ struct ByHand : torch::nn::Module {
     auto h = torch::silu(torch::matmul(torch::layer_norm(x, {64}, gain), up.t()));
     auto y = torch::matmul(h, down.t());
     y.add_(x);
-    return torch::relu_(y * 2);
+    auto doubled = y * 2;
+    return torch::relu_(doubled);
   }
   torch::Tensor up, down, gain;
 };

@@ -20,7 +20,7 @@ using None = CompressionPipeline<>;
 using Whole8 = CompressionPipeline<Activations<Int8>>;
 using Whole4 = CompressionPipeline<Activations<Int4>>;
 
-struct Run {
+struct Trained {
   std::vector<float> losses;
   std::vector<torch::Tensor> gradients;  ///< of the last step
   std::vector<torch::Tensor> parameters;
@@ -28,13 +28,13 @@ struct Run {
 
 /// `steps` steps of a model made from `seed`; random operators draw from `draws`.
 template <class Pipeline>
-Run train(const std::function<pipeline_models::Case()>& make, int steps, std::uint64_t draws = 1) {
+Trained train(const std::function<pipeline_models::Case()>& make, int steps, std::uint64_t draws = 1) {
   torch::manual_seed(0);
   auto model = make();
   torch::manual_seed(draws);
   Pipeline pipeline(*model.module);
   auto optimizer = pipeline.optimizer(torch::optim::AdamWOptions(1e-2));
-  Run run;
+  Trained run;
   for (int step = 0; step < steps; ++step) {
     optimizer->zero_grad();
     auto loss = pipeline.forward([&] { return model.loss(); });
@@ -48,12 +48,12 @@ Run train(const std::function<pipeline_models::Case()>& make, int steps, std::ui
   return run;
 }
 
-Run plain(const std::function<pipeline_models::Case()>& make, int steps, std::uint64_t draws = 1) {
+Trained plain(const std::function<pipeline_models::Case()>& make, int steps, std::uint64_t draws = 1) {
   torch::manual_seed(0);
   auto model = make();
   torch::manual_seed(draws);
   torch::optim::AdamW optimizer(model.module->parameters(), torch::optim::AdamWOptions(1e-2));
-  Run run;
+  Trained run;
   for (int step = 0; step < steps; ++step) {
     optimizer.zero_grad();
     auto loss = model.loss();
@@ -67,7 +67,7 @@ Run plain(const std::function<pipeline_models::Case()>& make, int steps, std::ui
   return run;
 }
 
-void expect_equal(const Run& a, const Run& b, const std::string& what) {
+void expect_equal(const Trained& a, const Trained& b, const std::string& what) {
   EXPECT_EQ(a.losses, b.losses) << what;
   for (std::size_t i = 0; i < a.gradients.size(); ++i) {
     EXPECT_TRUE(torch::equal(a.gradients[i], b.gradients[i])) << what << ", gradient " << i;
@@ -77,7 +77,7 @@ void expect_equal(const Run& a, const Run& b, const std::string& what) {
 
 TEST(Pipeline, WithoutPoliciesAndExactAreBitEqualToPlainLibTorch) {
   for (const auto& make : pipeline_models::all()) {
-    const Run expected = plain(make, 10);
+    const Trained expected = plain(make, 10);
     expect_equal(train<None>(make, 10), expected, make().name + ", none");
     expect_equal(train<Exact>(make, 10), expected, make().name + ", exact");
     expect_equal(train<CompressionPipeline<Blocks<>>>(make, 10), expected,
@@ -87,7 +87,7 @@ TEST(Pipeline, WithoutPoliciesAndExactAreBitEqualToPlainLibTorch) {
   }
 }
 
-double distance(const Run& a, const Run& b) {
+double distance(const Trained& a, const Trained& b) {
   double squares = 0, norm = 0;
   for (std::size_t i = 0; i < a.gradients.size(); ++i) {
     squares += (a.gradients[i] - b.gradients[i]).square().sum().item<double>();
@@ -102,7 +102,7 @@ double distance(const Run& a, const Run& b) {
 // one, up to the randomness of both, for which a factor of 2 is left.
 TEST(Pipeline, TheGradientsErrorShrinksWithTheStepOfTheCode) {
   for (const auto& make : pipeline_models::all()) {
-    const Run expected = plain(make, 1);
+    const Trained expected = plain(make, 1);
     const double eight = distance(train<Whole8>(make, 1), expected);
     const double four = distance(train<Whole4>(make, 1), expected);
     EXPECT_GT(four, 0) << make().name << ": nothing was packed";
@@ -129,8 +129,8 @@ TEST(Pipeline, ALinearsGradientStaysWithinTheCodesBound) {
 
 TEST(Pipeline, PresetsTrainTheFiveModels) {
   for (const auto& make : pipeline_models::all()) {
-    const Run expected = plain(make, 40);
-    for (const Run& run : {train<Balanced>(make, 40), train<Smallest>(make, 40)}) {
+    const Trained expected = plain(make, 40);
+    for (const Trained& run : {train<Balanced>(make, 40), train<Smallest>(make, 40)}) {
       const float learnt = expected.losses.front() - expected.losses.back();
       EXPECT_GT(learnt, 0);
       // 90 % of what plain training gains, on models small enough to overfit within 40 steps
@@ -143,8 +143,8 @@ TEST(Pipeline, RunsRepeatOnAnyNumberOfThreads) {
   const int threads = at::get_num_threads();
   for (const auto& make : {pipeline_models::linear, pipeline_models::by_hand}) {
     at::set_num_threads(1);
-    const Run one = train<Balanced>(make, 5);
-    const Run again = train<Balanced>(make, 5);
+    const Trained one = train<Balanced>(make, 5);
+    const Trained again = train<Balanced>(make, 5);
     expect_equal(one, again, "one thread");
     at::set_num_threads(threads);
     expect_equal(train<Balanced>(make, 5), train<Balanced>(make, 5), "all threads");
@@ -304,7 +304,7 @@ struct PlainStates {
 };
 
 TEST(Pipeline, TakesAPolicyOfTheUsersOwn) {
-  const Run own = train<CompressionPipeline<PlainStates>>(pipeline_models::linear, 5);
+  const Trained own = train<CompressionPipeline<PlainStates>>(pipeline_models::linear, 5);
   expect_equal(own, plain(pipeline_models::linear, 5), "fp32 states of a user's policy");
 }
 

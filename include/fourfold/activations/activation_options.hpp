@@ -36,13 +36,13 @@ struct ActivationOptions {
   PackFunction pack = nullptr;            ///< null: what is not recomputed is held as it is
   PackFunction pack_sensitive = nullptr;  ///< for softmax results; null: they are held as they are
   MaskFunction pack_mask = pack_bits;     ///< null: masks are packed or held like all else
-  std::vector<std::string_view> recompute;  ///< operators, as "gelu" or "mylib::op"; static strings
+  std::vector<std::string_view> recompute{};  ///< operators, as "gelu" or "mylib::op"; static strings
   int recompute_depth = 4;                  ///< operators that run again for one saved tensor
   std::int64_t min_numel = 1024;
   std::int64_t min_bytes = 4096;
-  std::function<bool(const at::Tensor&)> keep;  ///< true: held as it is
+  std::function<bool(const at::Tensor&)> keep{};  ///< true: held as it is
   /// The payload that a dense tensor was decompressed from, or null: it is saved in its stead.
-  std::function<std::shared_ptr<const Payload>(const at::Tensor&)> payload_of;
+  std::function<std::shared_ptr<const Payload>(const at::Tensor&)> payload_of{};
 };
 
 }  // namespace fourfold::inline v0

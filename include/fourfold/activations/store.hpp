@@ -348,6 +348,8 @@ inline std::string ActivationStore::explain() const {
     out << "activations: no tensor passed: forward ran outside the scope, on another thread, or "
            "without gradients";
     if (forwards() == 0) out << " (no scope was ever entered)";
+    if (const std::int64_t outside = door::tensors_saved_outside_scopes(); outside > 0)
+      out << "; " << outside << " tensors were saved on threads that had no scope";
     return out.str();
   }
   const auto mib = [](std::int64_t bytes) { return static_cast<double>(bytes) / (1 << 20); };
