@@ -207,15 +207,19 @@ TEST(GroupInt, AMillionValuesOfEveryMagnitudeAreTheSameOnEveryInstructionSet) {
 TEST(GroupInt, AtenGivesTheSameCodes) {  // what a CUDA tensor gets without kernels
   for (IntFormat f : formats())
     for (std::int64_t n : {1, 65, 5003})
-      for (double size : {1.0, 1e-41, 1e38}) {
+      for (double size : {1.0, 1e-41, 5e37}) {
         const auto values = (normal({n}, 12) * size).to(torch::kFloat);
         for (const auto& key : {std::optional<Key>(), std::optional(Key{1, 2, 3, 4})}) {
           const auto expected = packed(f, values, key, Isa::kScalar);
           const auto got = detail::encode_aten(f, values, key);
           EXPECT_TRUE(same_bits(got[0], expected[0])) << describe(f) << " " << n << " " << size;
           EXPECT_TRUE(same_bits(got[1], expected[1])) << describe(f) << " " << n << " " << size;
-          EXPECT_TRUE(detail::decode_aten(f, got[0], got[1], n)
-                          .equal(detail::group_int_decompress(f, expected, {n}, n, torch::kFloat)));
+          // ATen has no fma: its product, of 2.1 times the largest value at most, is rounded too.
+          const auto difference =
+              detail::decode_aten(f, got[0], got[1], n)
+                  .sub(detail::group_int_decompress(f, expected, {n}, n, torch::kFloat));
+          EXPECT_LE(difference.abs().max().item<double>(),
+                    0x1p-21 * values.abs().max().item<double>() + 0x1p-148);
         }
       }
 }
