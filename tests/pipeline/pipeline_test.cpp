@@ -4,6 +4,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 #include <torch/torch.h>
+#include <fourfold/codec/low_rank.hpp>
 #include <fourfold/presets.hpp>
 
 #include <sstream>
