@@ -20,13 +20,14 @@ std::string message_of(Fn&& fn) {
   return "no error";
 }
 
-struct LayerImpl : torch::nn::Module {
-  LayerImpl() : linear(8, 8) { register_module("linear", linear); }
+struct LayerImpl : torch::nn::Cloneable<LayerImpl> {
+  LayerImpl() { reset(); }
+  void reset() override { linear = register_module("linear", torch::nn::Linear(8, 8)); }
   at::Tensor forward(at::Tensor x) {
     ++calls;
     return x + at::dropout(linear(x).tanh(), 0.25, is_training());
   }
-  torch::nn::Linear linear;
+  torch::nn::Linear linear{nullptr};
   int calls = 0;
 };
 TORCH_MODULE(Layer);

@@ -207,7 +207,7 @@ TEST(GroupInt, AMillionValuesOfEveryMagnitudeAreTheSameOnEveryInstructionSet) {
 TEST(GroupInt, AtenGivesTheSameCodes) {  // what a CUDA tensor gets without kernels
   for (IntFormat f : formats())
     for (std::int64_t n : {1, 65, 5003})
-      for (double size : {1.0, 1e-41, 5e37}) {
+      for (double size : {1.0, 1e-41, 1e37}) {
         const auto values = (normal({n}, 12) * size).to(torch::kFloat);
         for (const auto& key : {std::optional<Key>(), std::optional(Key{1, 2, 3, 4})}) {
           const auto expected = packed(f, values, key, Isa::kScalar);
