@@ -52,8 +52,8 @@ Batch make_batch(std::int64_t size) {
 
 void train(Classifier& model) {
   torch::optim::AdamW optimizer(model->parameters(), torch::optim::AdamWOptions(2e-3));
-  for (int step = 0; step < 60; ++step) {
-    const Batch batch = make_batch(64);
+  for (int step = 0; step < 50; ++step) {
+    const Batch batch = make_batch(32);
     optimizer.zero_grad();
     torch::nn::functional::cross_entropy(model(batch.data), batch.target).backward();
     optimizer.step();
@@ -76,7 +76,7 @@ void print_row(const std::string& name, Classifier& model, const Batch& test,
   const double error = ((output - plain).norm() / plain.norm()).item<double>();
   const double right = output.argmax(1).eq(test.target).to(torch::kDouble).mean().item<double>();
   const auto bytes = static_cast<double>(bytes_of(model));
-  std::printf("| %-8s | %9.1f | %6.3f | %12.5f | %8.1f %% |\n", name.c_str(), bytes / 1024,
+  std::printf("| %-9s | %9.1f | %6.3f | %12.5f | %8.1f %% |\n", name.c_str(), bytes / 1024,
               bytes / static_cast<double>(plain_bytes), error, 100 * right);
 }
 
@@ -101,12 +101,12 @@ int main(int argc, char** argv) {
   const Batch test = make_batch(512);
   const at::Tensor plain = model(test.data);
   std::printf(
-      "| held as  | KiB       | ratio  | output error | accuracy   |\n|---|---|---|---|---|\n");
+      "| held as   | KiB       | ratio  | output error | accuracy   |\n|---|---|---|---|---|\n");
   print_row("fp32", model, test, plain, bytes_of(model));
   compare<fourfold::Int8>(model, test, plain);
   compare<fourfold::Int4>(model, test, plain);
   compare<fourfold::Nf4>(model, test, plain);
-  compare<fourfold::LowRank<16>>(model, test, plain);
+  compare<fourfold::LowRank<8>>(model, test, plain);
 
   fourfold::compress_weights<fourfold::Int4>(model);
   const auto path = std::filesystem::temp_directory_path() / "compress_pretrained.4f";
