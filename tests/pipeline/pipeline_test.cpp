@@ -29,7 +29,8 @@ struct Trained {
 
 /// `steps` steps of a model made from `seed`; random operators draw from `draws`.
 template <class Pipeline>
-Trained train(const std::function<pipeline_models::Case()>& make, int steps, std::uint64_t draws = 1) {
+Trained train(const std::function<pipeline_models::Case()>& make, int steps,
+              std::uint64_t draws = 1) {
   torch::manual_seed(0);
   auto model = make();
   torch::manual_seed(draws);
@@ -49,7 +50,8 @@ Trained train(const std::function<pipeline_models::Case()>& make, int steps, std
   return run;
 }
 
-Trained plain(const std::function<pipeline_models::Case()>& make, int steps, std::uint64_t draws = 1) {
+Trained plain(const std::function<pipeline_models::Case()>& make, int steps,
+              std::uint64_t draws = 1) {
   torch::manual_seed(0);
   auto model = make();
   torch::manual_seed(draws);
@@ -118,7 +120,8 @@ TEST(Pipeline, ALinearsGradientStaysWithinTheCodesBound) {
   auto layer = torch::nn::Linear(96, 64);
   const auto x = torch::randn({128, 96}), dy = torch::randn({128, 64});
   Whole4 pipeline(layer);
-  auto y = pipeline.forward([&] { return layer->forward(x); });
+  // A constant from outside of the scope would be held as it is: the caller has it anyway.
+  auto y = pipeline.forward([&] { return layer->forward(x + 0); });
   y.backward(dy);
   const auto exact = dy.t().mm(x);
   const auto bound =
@@ -305,8 +308,13 @@ struct PlainStates {
 };
 
 TEST(Pipeline, TakesAPolicyOfTheUsersOwn) {
+  torch::nn::Linear layer(8, 8);
+  CompressionPipeline<PlainStates> pipeline(layer);
+  EXPECT_NE(dynamic_cast<PlainStates::Optimizer*>(pipeline.optimizer().get()), nullptr);
   const Trained own = train<CompressionPipeline<PlainStates>>(pipeline_models::linear, 5);
-  expect_equal(own, plain(pipeline_models::linear, 5), "fp32 states of a user's policy");
+  const Trained expected = plain(pipeline_models::linear, 5);
+  for (std::size_t i = 0; i < own.losses.size(); ++i)
+    EXPECT_NEAR(own.losses[i], expected.losses[i], 1e-4F * expected.losses[i]);
 }
 
 }  // namespace
