@@ -36,10 +36,15 @@ struct [[gnu::visibility("default")]] DoorSlot {
   void* state = nullptr;
 };
 
+/// A member of a visible class, since a template function's own statics go by -fvisibility=hidden
+/// whatever its attribute says. Its destructor does nothing: graphs outlive static destruction.
 template <class State>
-[[gnu::visibility("default")]] inline DoorSlot& door_slot() {
-  static DoorSlot* const slot = new DoorSlot;  // leaked: graphs outlive static destruction
-  return *slot;
+struct [[gnu::visibility("default")]] DoorSlotOf {
+  static constinit inline DoorSlot slot{};
+};
+template <class State>
+DoorSlot& door_slot() {
+  return DoorSlotOf<State>::slot;
 }
 
 /// The process's State. Throws where another part of the program made one of another ABI. The ABI
