@@ -83,7 +83,7 @@ void declare(const char* name) {
       ->Args({512, 6})
       ->Unit(benchmark::kMillisecond)
       ->UseManualTime()
-      ->Iterations(15);
+      ->Iterations(11);
 }
 
 }  // namespace
