@@ -58,7 +58,7 @@ inline at::Tensor addmm(c10::DispatchKeySet keys, const at::Tensor& self, const 
   if (autocasts(a))
     return at::_ops::addmm::redispatch(keys & kBelowPackedKey, self, a, b, beta, alpha);
   at::Tensor made = product_of(a, b);
-  if (!alpha.equal(1)) made = made * alpha;
+  if (!alpha.equal(1)) made = made.mul(alpha);
   if (beta.equal(0)) return made;
   check_frozen(self);
   const at::Tensor added = dense_if_packed(self);
@@ -153,7 +153,7 @@ inline at::Tensor convolution_kernel(c10::DispatchKeySet keys, const at::Tensor&
   if (!added.defined()) return made;
   std::vector<std::int64_t> channels(spatial + 2, 1);
   channels[1] = -1;
-  return made + added.view(channels);
+  return made.add(added.view(channels));
 }
 
 /// Rows of a packed table, each decoded where it is asked for; the table is frozen, so there is
