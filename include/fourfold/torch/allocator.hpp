@@ -123,15 +123,17 @@ inline c10::DataPtr CountingAllocator::allocate(std::size_t nbytes) {
     if (nbytes >= kLargeBlock) {
       mapped = BlockArena::round_up(nbytes + kAlignment);
       base = static_cast<char*>(arena_.take(mapped));
-      data = base + kAlignment;
+      if (base) data = base + kAlignment;
     }
     if (!base) {  // small; or the system's count of mappings is spent, while its memory is not
       mapped = 0;
       base = static_cast<char*>(std::malloc(nbytes + sizeof(Header) + kAlignment));
       if (!base) arena_.release();
       if (!base) base = static_cast<char*>(std::malloc(nbytes + sizeof(Header) + kAlignment));
-      const auto first = reinterpret_cast<std::uintptr_t>(base) + sizeof(Header);
-      data = base + sizeof(Header) + (kAlignment - first % kAlignment) % kAlignment;
+      if (base) {
+        const auto first = reinterpret_cast<std::uintptr_t>(base) + sizeof(Header);
+        data = base + sizeof(Header) + (kAlignment - first % kAlignment) % kAlignment;
+      }
     }
     error = errno;
   }
