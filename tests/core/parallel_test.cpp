@@ -34,9 +34,6 @@ TEST_F(Parallel, EveryIndexOnce) {
 }
 
 TEST_F(Parallel, RunsOnLibTorchsThreads) {
-#if !defined(_OPENMP)
-  GTEST_SKIP() << "at::parallel_for runs on one thread where its caller is compiled without -fopenmp";
-#endif
   std::mutex mutex;
   std::set<std::thread::id> threads;
   std::set<int> numbers;
@@ -61,9 +58,6 @@ TEST_F(Parallel, OneThreadWhenThereIsLittleOrOneIsAskedFor) {
 }
 
 TEST_F(Parallel, InsideAnotherLoopStaysOnItsThread) {
-#if !defined(_OPENMP)
-  GTEST_SKIP() << "at::parallel_for runs on one thread where its caller is compiled without -fopenmp";
-#endif
   std::atomic<int> pieces{0}, elsewhere{0};
   fourfold::parallel_for(0, 2, 1, [&](std::int64_t, std::int64_t) {
     const auto here = std::this_thread::get_id();

@@ -73,13 +73,13 @@ class ActivationStore final : public door::SavedTensors,
 
   /// Turns the operators' tape on, on this thread, until the result goes; also within backward,
   /// for a recompute. Null where nothing is packed or recomputed.
-  [[nodiscard]] std::shared_ptr<void> activate() override;
+  [[nodiscard]] inline std::shared_ptr<void> activate() override;
 
   [[nodiscard]] std::shared_ptr<door::Saved> pack(const at::Tensor& tensor) override {
     return pack_attached(tensor, tensor);
   }
-  [[nodiscard]] std::shared_ptr<door::Saved> pack_attached(const at::Tensor& tensor,
-                                                           const at::Tensor& attached) override;
+  [[nodiscard]] inline std::shared_ptr<door::Saved> pack_attached(
+      const at::Tensor& tensor, const at::Tensor& attached) override;
 
   /// What LibTorch would hold: distinct storages, the model's own apart.
   [[nodiscard]] PeakBytes plain_bytes() const { return totals_->plain.bytes(); }

@@ -60,7 +60,7 @@ class [[gnu::visibility("default")]] CountingAllocator final : public c10::Alloc
   /// Zero bytes are a null pointer, as LibTorch's own allocator has it. Throws c10::Error in
   /// LibTorch's words where the system has no more memory, or where `nbytes` is a negative number
   /// in disguise.
-  c10::DataPtr allocate(std::size_t nbytes) override;
+  inline c10::DataPtr allocate(std::size_t nbytes) override;
 
   c10::DeleterFnPtr raw_deleter() const override { return deleter_; }
   void copy_data(void* dest, const void* src, std::size_t count) const override {

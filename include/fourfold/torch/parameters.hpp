@@ -6,7 +6,8 @@
 ///   at::mm(x, packed.t());            // reads codes; any other operator gets plain values
 ///
 /// Opened by the first packed tensor (never at static initialisation): a boxed fallback and a few
-/// kernels are registered on LibTorch's TESTING_ONLY_GenericWrapper key, once in a process.
+/// kernels are registered on LibTorch's TESTING_ONLY_GenericWrapper key, once in a process. What leads
+/// there is a template, so that a program without packed parameters does not compile the wrappers.
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <fourfold/torch/parameters_fallback.hpp>
 #include <fourfold/torch/parameters_kernels.hpp>
@@ -24,7 +25,8 @@ void register_packed_kernel(const char* name, const char* overload, Kernel kerne
       "fourfold/torch/parameters.hpp")));
 }
 
-inline void register_packed_kernels() {
+template <class = void>
+void register_packed_kernels() {
   auto& dispatcher = c10::Dispatcher::singleton();
   TORCH_CHECK(!dispatcher.hasBackendFallbackForDispatchKey(kPackedKey),
               "fourfold holds parameters packed by a fallback on LibTorch's key ",
@@ -52,7 +54,8 @@ inline void register_packed_kernels() {
 }  // namespace detail
 
 /// Registers once. Nothing to do for whoever uses packed_tensor.
-inline void open_parameters_door() {
+template <class = void>
+void open_parameters_door() {
   ParametersState& state = parameters_state();
   if (state.open.load(std::memory_order_acquire)) return;
   const std::lock_guard lock(state.opening);
@@ -62,8 +65,9 @@ inline void open_parameters_door() {
 }
 
 /// A tensor of the payload's sizes, dtype and device that holds it; contiguous, no gradient.
-[[nodiscard]] inline at::Tensor packed_tensor(std::shared_ptr<const Payload> payload,
-                                              bool inference = false) {
+template <class = void>
+[[nodiscard]] at::Tensor packed_tensor(std::shared_ptr<const Payload> payload,
+                                       bool inference = false) {
   TORCH_CHECK(payload != nullptr, "packed_tensor takes a payload, got a null pointer");
   open_parameters_door();
   return detail::packed_whole(std::move(payload), inference);

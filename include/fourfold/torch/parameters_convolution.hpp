@@ -93,42 +93,15 @@ inline ConvolutionShape transpose_of(const ConvolutionShape& shape, at::IntArray
   return back;
 }
 
-struct PackedConvolution : ::torch::autograd::Function<PackedConvolution> {
-  static at::Tensor forward(::torch::autograd::AutogradContext* context, const at::Tensor& x,
-                            const std::shared_ptr<const Payload>& weight,
-                            const ConvolutionShape& shape) {
-    const at::Tensor y = plain_convolution(x, weight, shape);
-    context->saved_data["weight"] = PayloadCapsule::wrap(weight);
-    context->saved_data["x"] = x.sizes().vec();
-    context->saved_data["stride"] = shape.stride;
-    context->saved_data["padding"] = shape.padding;
-    context->saved_data["dilation"] = shape.dilation;
-    context->saved_data["output_padding"] = shape.output_padding;
-    context->saved_data["transposed"] = shape.transposed;
-    context->saved_data["groups"] = shape.groups;
-    return y;
-  }
-  static ::torch::autograd::variable_list backward(::torch::autograd::AutogradContext* context,
-                                                   ::torch::autograd::variable_list gradients);
-};
-
 inline at::Tensor convolution(const at::Tensor& x, const std::shared_ptr<const Payload>& weight,
                               const ConvolutionShape& shape) {
-  return records(x) ? PackedConvolution::apply(x, weight, shape)
-                    : plain_convolution(x, weight, shape);
-}
-
-inline ::torch::autograd::variable_list PackedConvolution::backward(
-    ::torch::autograd::AutogradContext* context, ::torch::autograd::variable_list gradients) {
-  auto& saved = context->saved_data;
-  const auto weight = PayloadCapsule::unwrap(saved["weight"]);
-  const ConvolutionShape shape{
-      saved["stride"].toIntVector(),   saved["padding"].toIntVector(),
-      saved["dilation"].toIntVector(), saved["output_padding"].toIntVector(),
-      saved["transposed"].toBool(),    saved["groups"].toInt()};
-  const ConvolutionShape back =
-      transpose_of(shape, saved["x"].toIntVector(), gradients[0].sizes(), weight->sizes());
-  return {convolution(gradients[0], weight, back), at::Tensor(), at::Tensor()};
+  return linear_map(
+      "PackedConvolutionBackward", x,
+      [&](const at::Tensor& plain) { return plain_convolution(plain, weight, shape); },
+      [weight, shape, sizes = x.sizes().vec()](const at::Tensor& gradient) {
+        return convolution(gradient, weight,
+                           transpose_of(shape, sizes, gradient.sizes(), weight->sizes()));
+      });
 }
 
 /// Two convolutions, one for each factor; both differentiable by LibTorch.

@@ -14,7 +14,7 @@
 #include <ATen/ops/mm_ops.h>
 #include <ATen/ops/mv_ops.h>
 #include <ATen/ops/to_ops.h>
-#include <ATen/Parallel.h>
+#include <fourfold/core/parallel.hpp>
 #include <fourfold/torch/autocast.hpp>  // at::autocast::is_autocast_enabled
 #include <fourfold/torch/parameters_convolution.hpp>
 #include <fourfold/torch/parameters_dense.hpp>
@@ -69,28 +69,24 @@ inline at::Tensor addmm(c10::DispatchKeySet keys, const at::Tensor& self, const 
                           : made.add(added.expand(made.sizes()), beta);
 }
 
-/// One matrix of the batch is multiplied at a time, so at most one is decoded.
-struct PackedBatch : ::torch::autograd::Function<PackedBatch> {
-  /// x (B, M, ...), weight (B, N, K).
-  static at::Tensor forward(::torch::autograd::AutogradContext* context, const at::Tensor& x,
-                            const std::shared_ptr<const Payload>& weight, bool transposed) {
-    context->saved_data["weight"] = PayloadCapsule::wrap(weight);
-    context->saved_data["transposed"] = transposed;
-    const std::int64_t rows = weight->sizes()[1], columns = weight->sizes()[2];
-    const at::Tensor out =
-        at::empty({x.size(0), x.size(1), transposed ? rows : columns}, x.options());
-    for (std::int64_t b = 0; b < x.size(0); ++b)
-      out.select(0, b).copy_(plain_product(
-          x.select(0, b), PayloadRange(weight, b * rows * columns, {rows, columns}), transposed));
-    return out;
-  }
-  static ::torch::autograd::variable_list backward(::torch::autograd::AutogradContext* context,
-                                                   ::torch::autograd::variable_list gradients) {
-    const auto weight = PayloadCapsule::unwrap(context->saved_data["weight"]);
-    const bool transposed = context->saved_data["transposed"].toBool();
-    return {PackedBatch::apply(gradients[0], weight, !transposed), at::Tensor(), at::Tensor()};
-  }
-};
+/// x (B, M, ...), weight (B, N, K). One matrix of the batch is multiplied at a time, so at most one
+/// is decoded.
+inline at::Tensor batch_product(const at::Tensor& x, const std::shared_ptr<const Payload>& weight,
+                                bool transposed) {
+  const std::int64_t rows = weight->sizes()[1], columns = weight->sizes()[2];
+  return linear_map(
+      "PackedBatchBackward", x,
+      [&](const at::Tensor& plain) {
+        const at::Tensor out =
+            at::empty({plain.size(0), plain.size(1), transposed ? rows : columns}, plain.options());
+        for (std::int64_t b = 0; b < plain.size(0); ++b)
+          out.select(0, b).copy_(plain_product(
+              plain.select(0, b), PayloadRange(weight, b * rows * columns, {rows, columns}),
+              transposed));
+        return out;
+      },
+      [=](const at::Tensor& gradient) { return batch_product(gradient, weight, !transposed); });
+}
 
 /// Whether `tensor` (B, N, K) is a whole packed batch (or each of its matrices transposed).
 inline std::optional<bool> transposed_batch(const at::Tensor& tensor) {
@@ -110,10 +106,10 @@ inline at::Tensor bmm(c10::DispatchKeySet keys, const at::Tensor& a, const at::T
                     a.size(2) == b.size(1) && a.scalar_type() == b.scalar_type();
   if (fits)
     if (const auto transposed = transposed_batch(b))
-      return PackedBatch::apply(dense_if_packed(a), payload_of(b), *transposed);
+      return batch_product(dense_if_packed(a), payload_of(b), *transposed);
   if (fits)
     if (const auto transposed = transposed_batch(a))
-      return PackedBatch::apply(dense_if_packed(b).transpose(1, 2), payload_of(a), !*transposed)
+      return batch_product(dense_if_packed(b).transpose(1, 2), payload_of(a), !*transposed)
           .transpose(1, 2);
   return at::bmm(dense_if_packed(a),
                  dense_if_packed(b));  // LibTorch's own words where they do not fit
@@ -169,11 +165,11 @@ inline at::Tensor gather_rows(const Payload& table, const at::Tensor& indices) {
     TORCH_CHECK_INDEX(row[i] >= 0 && row[i] < rows, "index out of range in self: ", row[i],
                       " in a packed table of ", rows, " rows");
   float* values = out.data_ptr<float>();
-  at::parallel_for(0, which.numel(), std::max<std::int64_t>(1, 4096 / columns),
-                   [&](std::int64_t begin, std::int64_t end) {
-                     for (std::int64_t i = begin; i < end; ++i)
-                       table.decode(row[i] * columns, (row[i] + 1) * columns, values + i * columns);
-                   });
+  parallel_for(0, which.numel(), std::max<std::int64_t>(1, 4096 / columns),
+               [&](std::int64_t begin, std::int64_t end) {
+                 for (std::int64_t i = begin; i < end; ++i)
+                   table.decode(row[i] * columns, (row[i] + 1) * columns, values + i * columns);
+               });
   return out.to(table.dtype());
 }
 

@@ -3,7 +3,7 @@
 /// Matrix products with packed tensors, differentiable in the other operand, any number of times:
 /// x W^T and x W are each other's gradient, so neither needs x, and autograd keeps the payload.
 #include <ATen/ops/matmul.h>
-#include <torch/csrc/autograd/custom_function.h>
+#include <fourfold/torch/linear_map.hpp>
 #include <fourfold/torch/parameters_range.hpp>
 #include <fourfold/weights/packed_matmul.hpp>
 
@@ -19,47 +19,17 @@ struct PackedMatrix {
 
 namespace detail {
 
-/// What the nodes of packed operators remember.
-struct PayloadCapsule : ::torch::CustomClassHolder {
-  explicit PayloadCapsule(std::shared_ptr<const Payload> held) : payload(std::move(held)) {}
-  static c10::IValue wrap(std::shared_ptr<const Payload> payload) {
-    return c10::IValue::make_capsule(c10::make_intrusive<PayloadCapsule>(std::move(payload)));
-  }
-  static std::shared_ptr<const Payload> unwrap(const c10::IValue& value) {
-    return static_cast<PayloadCapsule*>(value.toCapsule().get())->payload;
-  }
-  std::shared_ptr<const Payload> payload;
-};
-
-inline bool records(const at::Tensor& x) { return x.requires_grad() && at::GradMode::is_enabled(); }
-
 inline at::Tensor plain_product(const at::Tensor& x, const Payload& weight, bool transposed) {
   return transposed ? packed_linear(x, weight) : packed_matmul(x, weight);
 }
 
 /// x W^T if `transposed`, else x W. x (M, ...).
-struct PackedProduct : ::torch::autograd::Function<PackedProduct> {
-  static at::Tensor forward(::torch::autograd::AutogradContext* context, const at::Tensor& x,
-                            const std::shared_ptr<const Payload>& weight, bool transposed) {
-    context->saved_data["weight"] = PayloadCapsule::wrap(weight);
-    context->saved_data["transposed"] = transposed;
-    return plain_product(x, *weight, transposed);
-  }
-  static ::torch::autograd::variable_list backward(::torch::autograd::AutogradContext* context,
-                                                   ::torch::autograd::variable_list gradients);
-};
-
 inline at::Tensor product(const at::Tensor& x, const std::shared_ptr<const Payload>& weight,
                           bool transposed) {
-  return records(x) ? PackedProduct::apply(x, weight, transposed)
-                    : plain_product(x, *weight, transposed);
-}
-
-inline ::torch::autograd::variable_list PackedProduct::backward(
-    ::torch::autograd::AutogradContext* context, ::torch::autograd::variable_list gradients) {
-  const auto weight = PayloadCapsule::unwrap(context->saved_data["weight"]);
-  const bool transposed = context->saved_data["transposed"].toBool();
-  return {product(gradients[0], weight, !transposed), at::Tensor(), at::Tensor()};
+  return linear_map(
+      "PackedProductBackward", x,
+      [&](const at::Tensor& plain) { return plain_product(plain, *weight, transposed); },
+      [=](const at::Tensor& gradient) { return product(gradient, weight, !transposed); });
 }
 
 }  // namespace detail

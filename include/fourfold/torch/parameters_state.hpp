@@ -1,16 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 /// The parameters' door's state: one in a process, however many translation units and shared
-/// libraries include it, built with whatever visibility. Not versioned for that reason; kAbi
-/// numbers its layout.
+/// libraries include it, built with whatever visibility.
 ///
 /// The key is TESTING_ONLY_GenericWrapper: LibTorch puts nothing of its own there, it stands above
 /// functorch, autocast and autograd, and it may be carried by a tensor (c10/core/DispatchKey.h).
 #include <c10/core/DispatchKeySet.h>
 #include <c10/core/StorageImpl.h>
-#include <c10/util/Exception.h>
 #include <c10/util/intrusive_ptr.h>
 #include <fourfold/core/payload.hpp>
+#include <fourfold/torch/door_state.hpp>
 
 #include <atomic>
 #include <cstdint>
@@ -26,7 +25,7 @@ inline constexpr c10::DispatchKey kPackedKey = c10::DispatchKey::TESTING_ONLY_Ge
 inline constexpr c10::DispatchKeySet kBelowPackedKey{c10::DispatchKeySet::FULL_AFTER, kPackedKey};
 
 /// What stands behind a packed tensor's storage, so that every alias and view sees a write.
-class PackedHolder {
+class [[gnu::visibility("default")]] PackedHolder {
  public:
   explicit PackedHolder(std::shared_ptr<const Payload> payload) : payload_(std::move(payload)) {}
 
@@ -54,10 +53,12 @@ struct DenseRecord {
   std::int64_t version = 0;  ///< of the dense tensor; once written to, it is no payload's
 };
 
-struct ParametersState {
-  static constexpr std::uint32_t kAbi = 1;
-  std::uint32_t abi = kAbi;
-  void (*delete_holder)(void*) = nullptr;  ///< marks storages that are ours
+/// One in a process (door_state.hpp).
+struct [[gnu::visibility("default")]] ParametersState {
+  static constexpr std::uint32_t kAbi = 2;
+  static constexpr const char* kName = "packed parameters";
+  /// Marks storages that are ours: the same function's address in every library.
+  void (*delete_holder)(void*) = [](void* holder) { delete static_cast<PackedHolder*>(holder); };
   std::atomic<bool> open{false};
   std::mutex opening;
   std::mutex dense_mutex;
@@ -65,20 +66,6 @@ struct ParametersState {
   std::size_t sweep_at = 64;  ///< forget dead records when there are so many
 };
 
-/// Default visibility: two libraries built with -fvisibility=hidden still share it. Leaked on
-/// purpose, since tensors may outlive static destruction.
-[[gnu::visibility("default")]] inline ParametersState& parameters_state() {
-  static ParametersState* const state = [] {
-    auto* made = new ParametersState;
-    made->delete_holder = [](void* holder) { delete static_cast<PackedHolder*>(holder); };
-    return made;
-  }();
-  TORCH_CHECK(state->abi == ParametersState::kAbi,
-              "fourfold: another library of this program was built with a fourfold whose packed "
-              "parameters have layout ",
-              state->abi, ", this one with layout ", ParametersState::kAbi,
-              "; build both with one fourfold");
-  return *state;
-}
+inline ParametersState& parameters_state() { return door_state<ParametersState>(); }
 
 }  // namespace fourfold::door

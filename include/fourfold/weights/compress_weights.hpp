@@ -71,9 +71,9 @@ inline void check_packable(const std::string& what, const std::string& name,
       "is computed from");
 }
 
-inline CompressedWeights compress_parameters(const NamedTensors& parameters,
-                                             const ParameterChoice& choice,
-                                             const PayloadFormat& format) {
+template <class = void>
+CompressedWeights compress_parameters(const NamedTensors& parameters, const ParameterChoice& choice,
+                                      const PayloadFormat& format) {
   const std::string what = "compress_weights<" + format.codec + ">";
   TORCH_CHECK(
       !parameters.empty(), what,
@@ -144,7 +144,7 @@ inline CompressedWeights compress_parameters(const NamedTensors& parameters,
 /// Packs what `filter` chooses, in place. Returns what was done; throws with nothing done.
 template <Codec C, ModuleLike M, ParameterFilter Filter = AllMatrices>
 CompressedWeights compress_weights(M&& model, const Filter& filter = {}) {
-  register_codec<C>();
+  register_codecs<C>();
   return detail::compress_parameters(
       parameters_of(model, "compress_weights"),
       [&](const std::string& name, const at::Tensor& parameter) { return filter(name, parameter); },

@@ -94,8 +94,9 @@ inline door::PackedHolder* common_holder(const SavedModel& saved,
   return common;
 }
 
-inline void load_model(const NamedTensors& parameters, const NamedTensors& buffers,
-                       const SavedModel& saved, const std::string& what) {
+template <class = void>
+void load_model(const NamedTensors& parameters, const NamedTensors& buffers,
+                const SavedModel& saved, const std::string& what) {
   const at::NoGradGuard no_grad;
   const PlaceGuard place(Place::kWeights);
   door::open_parameters_door();

@@ -24,18 +24,18 @@ struct PayloadFormat {
 
 template <Codec C>
 [[nodiscard]] PayloadFormat payload_format() {
-  return {C::name(), requires {C::kFactorised;
-}
-, [](const at::Tensor& values) { return make_payload<C>(values); },
-    [](std::vector<at::Tensor> buffers, std::vector<std::int64_t> sizes,
-       at::ScalarType dtype) -> std::shared_ptr<const Payload> {
-      typename C::Packed packed;
-      packed.buffers = std::move(buffers);
-      packed.sizes = std::move(sizes);
-      packed.dtype = dtype;
-      return std::make_shared<CodecPayload<C>>(std::move(packed));
-    }
-};  // namespace fourfold::inline v0
+  PayloadFormat format{.codec = C::name()};
+  format.factorised = requires { C::kFactorised; };
+  format.compress = [](const at::Tensor& values) { return make_payload<C>(values); };
+  format.restore = [](std::vector<at::Tensor> buffers, std::vector<std::int64_t> sizes,
+                      at::ScalarType dtype) -> std::shared_ptr<const Payload> {
+    typename C::Packed packed;
+    packed.buffers = std::move(buffers);
+    packed.sizes = std::move(sizes);
+    packed.dtype = dtype;
+    return std::make_shared<CodecPayload<C>>(std::move(packed));
+  };
+  return format;
 }
 
 namespace detail {
@@ -52,12 +52,12 @@ struct PayloadFormats {
 
 }  // namespace detail
 
-/// Lets load() meet C in a file. compress_weights<C> does it too.
-template <Codec C>
-void register_codec() {
+/// Lets load() meet these codecs in a file. compress_weights<C> does it too.
+template <Codec... C>
+void register_codecs() {
   detail::PayloadFormats& formats = detail::payload_formats();
   const std::lock_guard lock(formats.mutex);
-  formats.by_name.insert_or_assign(C::name(), payload_format<C>());
+  (formats.by_name.insert_or_assign(C::name(), payload_format<C>()), ...);
 }
 
 [[nodiscard]] inline std::optional<PayloadFormat> registered_codec(const std::string& name) {

@@ -17,10 +17,11 @@
 #include <fourfold/weights/load_model.hpp>
 #include <fourfold/weights/saved_model.hpp>
 
+#include <cerrno>
 #include <cstdio>
-#include <filesystem>
+#include <cstring>
 #include <fstream>
-#include <system_error>
+#include <string>
 #if defined(__unix__) || defined(__APPLE__)
 #include <fcntl.h>
 #include <unistd.h>
@@ -39,7 +40,7 @@ void save(M&& model, std::ostream& out) {
 namespace detail {
 
 /// Bytes that a crash after the rename must not lose.
-inline void flush_to_disk(const std::filesystem::path& path) {
+inline void flush_to_disk(const std::string& path) {
 #if defined(__unix__) || defined(__APPLE__)
   if (const int file = ::open(path.c_str(), O_RDONLY); file >= 0) {
     ::fsync(file);
@@ -53,26 +54,22 @@ inline void flush_to_disk(const std::filesystem::path& path) {
 }  // namespace detail
 
 template <ModuleLike M>
-void save(M&& model, const std::filesystem::path& path) {
-  std::filesystem::path beside = path;
-  beside += ".partial";
+void save(M&& model, const std::string& path) {
+  const std::string beside = path + ".partial";
   try {
     std::ofstream out(beside, std::ios::binary | std::ios::trunc);
-    TORCH_CHECK(out.is_open(), "fourfold::save cannot write ", beside.string(),
+    TORCH_CHECK(out.is_open(), "fourfold::save cannot write ", beside,
                 "; does its folder exist, and may it be written?");
     save(model, out);
     out.close();
-    TORCH_CHECK(!out.fail(), "fourfold::save could not write all of ", beside.string(),
+    TORCH_CHECK(!out.fail(), "fourfold::save could not write all of ", beside,
                 "; is the disk full?");
     detail::flush_to_disk(beside);
-    std::filesystem::rename(beside, path);
-  } catch (const std::filesystem::filesystem_error& error) {
-    std::error_code ignored;
-    std::filesystem::remove(beside, ignored);
-    TORCH_CHECK(false, "fourfold::save could not put the file in place: ", error.what());
+    TORCH_CHECK(std::rename(beside.c_str(), path.c_str()) == 0,
+                "fourfold::save could not put the file in place, from ", beside, " to ", path, ": ",
+                std::strerror(errno));
   } catch (...) {
-    std::error_code ignored;
-    std::filesystem::remove(beside, ignored);
+    std::remove(beside.c_str());
     throw;
   }
 }
@@ -80,18 +77,17 @@ void save(M&& model, const std::filesystem::path& path) {
 /// `More`: codecs that the file may hold beside Int8, Int4 and Nf4, such as LowRank<64>.
 template <Codec... More, ModuleLike M>
 void load(M&& model, std::istream& in, const std::string& what = "fourfold::load: the stream") {
-  (register_codec<Int8>(), register_codec<Int4>(), register_codec<Nf4>());
-  (register_codec<More>(), ...);
+  register_codecs<Int8, Int4, Nf4, More...>();
   detail::load_model(parameters_of(model, "fourfold::load"), buffers_of(model, "fourfold::load"),
                      detail::read_model(in, what), what);
 }
 
 template <Codec... More, ModuleLike M>
-void load(M&& model, const std::filesystem::path& path) {
+void load(M&& model, const std::string& path) {
   std::ifstream in(path, std::ios::binary);
-  TORCH_CHECK(in.is_open(), "fourfold::load cannot open ", path.string(),
+  TORCH_CHECK(in.is_open(), "fourfold::load cannot open ", path,
               "; does it exist, and may it be read?");
-  load<More...>(model, in, "fourfold::load: " + path.string());
+  load<More...>(model, in, "fourfold::load: " + path);
 }
 
 }  // namespace fourfold::inline v0

@@ -6,6 +6,8 @@
 #include <fourfold/fourfold.hpp>
 
 #include <ATen/Context.h>  // manual_seed
+#include <ATen/ops/eye.h>
+#include <ATen/ops/matmul.h>
 #include <ATen/ops/randn.h>
 #include <torch/nn/modules/activation.h>
 #include <torch/nn/modules/container/sequential.h>
@@ -33,3 +35,7 @@ double loss_after_a_step() {
 
 extern "C" [[gnu::visibility("default")]] double unit_a();
 extern "C" [[gnu::visibility("default")]] double unit_b();
+
+/// Codes that one unit packs and the other reads.
+extern "C" [[gnu::visibility("default")]] at::Tensor* packed_by_a();
+extern "C" [[gnu::visibility("default")]] bool read_by_b(const at::Tensor* packed);

@@ -6,9 +6,9 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
-#include <ATen/Parallel.h>
 #include <c10/core/GradMode.h>
 #include <fourfold/core/isa.hpp>
+#include <fourfold/core/parallel.hpp>
 
 #include <algorithm>
 #include <cmath>
@@ -103,14 +103,14 @@ inline at::Tensor decompress(const at::Tensor& left, const at::Tensor& right, at
   if (!left.is_cpu()) return at::mm(rows, columns).to(dtype).view(sizes);
   const at::Tensor product = at::empty({rows.size(0), columns.size(1)}, rows.options());
   const std::int64_t width = columns.size(1);
-  at::parallel_for(0, rows.size(0), std::max<std::int64_t>(1, (1 << 15) / (width * rows.size(1))),
-                   [&](std::int64_t begin, std::int64_t end) {
-                     const auto run = [&]<class T>(std::type_identity<T>) {
-                       combine(isa, rows, columns, begin * width, end * width,
-                               product.mutable_data_ptr<T>() + begin * width);
-                     };
-                     type == at::kDouble ? run(std::type_identity<double>{})
-                                         : run(std::type_identity<float>{});
+  parallel_for(0, rows.size(0), std::max<std::int64_t>(1, (1 << 15) / (width * rows.size(1))),
+               [&](std::int64_t begin, std::int64_t end) {
+                 const auto run = [&]<class T>(std::type_identity<T>) {
+                   combine(isa, rows, columns, begin * width, end * width,
+                           product.mutable_data_ptr<T>() + begin * width);
+                 };
+                 type == at::kDouble ? run(std::type_identity<double>{})
+                                     : run(std::type_identity<float>{});
                    });
   return product.to(dtype).view(sizes);
 }

@@ -3,8 +3,8 @@
 /// The packed product for few rows of x: four rows of the weight are decoded into first-level cache
 /// and used from there at once, without the panels that many rows pay for. Reading codes, not
 /// arithmetic, is what takes time here.
-#include <ATen/Parallel.h>
 #include <fourfold/core/isa.hpp>
+#include <fourfold/core/parallel.hpp>
 #include <fourfold/core/payload.hpp>
 #include <fourfold/weights/detail/packed_matmul_codes.hpp>
 #include <fourfold/weights/detail/packed_matmul_gemm.hpp>
@@ -189,7 +189,7 @@ inline void multiply_rows_transposed(Isa isa, const float* x, std::int64_t m, co
   const std::optional<GroupCodes> codes = group_codes(isa, weight);
   // A thread takes what it decodes in some 10 us at least.
   const std::int64_t grain = std::max<std::int64_t>(1, (1 << 17) / (kRowBlock * k));
-  at::parallel_for(0, ceil_div(n, kRowBlock), grain, [&](std::int64_t begin, std::int64_t end) {
+  parallel_for(0, ceil_div(n, kRowBlock), grain, [&](std::int64_t begin, std::int64_t end) {
     std::vector<float> rows(static_cast<std::size_t>(kRowBlock * depth));
     std::vector<float> sums(static_cast<std::size_t>(kRowBlock * m));
     for (std::int64_t j = begin * kRowBlock; j < std::min(n, end * kRowBlock); j += kRowBlock) {
@@ -246,13 +246,13 @@ inline void multiply_rows(Isa isa, const float* x, std::int64_t m, const Payload
   if (parts == 1) return add_rows(isa, x, m, weight, 0, n, out);
   const std::int64_t height = ceil_div(ceil_div(n, parts), kRowBlock) * kRowBlock;
   std::vector<float> sums(static_cast<std::size_t>(parts * m * k));
-  at::parallel_for(0, parts, 1, [&](std::int64_t begin, std::int64_t end) {
+  parallel_for(0, parts, 1, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t part = begin; part < end; ++part)
       add_rows(isa, x, m, weight, part * height, std::min(n, (part + 1) * height),
                sums.data() + part * m * k);
   });
   constexpr std::array<float, kRowBlock> ones{1, 1, 1, 1};
-  at::parallel_for(0, m * k, 1 << 13, [&](std::int64_t begin, std::int64_t end) {
+  parallel_for(0, m * k, 1 << 13, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t part = 0; part < parts; part += kRowBlock)
       add_block(isa, ones.data(), kRowBlock, 1, sums.data() + part * m * k + begin, m * k,
                 end - begin, out + begin, m * k);

@@ -4,9 +4,9 @@
 /// the second-level cache, each by one thread, and multiplied there. The cut depends on the sizes
 /// alone, so results do not depend on how many threads there are.
 #include <ATen/ops/empty.h>
-#include <ATen/Parallel.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <fourfold/core/isa.hpp>
+#include <fourfold/core/parallel.hpp>
 #include <fourfold/core/payload.hpp>
 #include <fourfold/weights/detail/packed_matmul_gemm.hpp>
 #include <fourfold/weights/detail/packed_matmul_pack.hpp>
@@ -53,7 +53,7 @@ void multiply_tiles(Isa isa, const at::Tensor& x, const Payload& weight, bool tr
   const std::int64_t m = x.size(0), free = out.size(1), summed = x.size(1);
   const std::int64_t width = free_width(free), depth = std::min(kTileDepth, summed);
   const std::int64_t across = ceil_div(free, width), down = ceil_div(m, kTileRows);
-  at::parallel_for(0, across * down, 1, [&](std::int64_t begin, std::int64_t end) {
+  parallel_for(0, across * down, 1, [&](std::int64_t begin, std::int64_t end) {
     const PlainArithmetic plain;
     const at::Tensor panels = at::empty({width * depth}, type);
     const at::Tensor rows = at::empty({kPanelRows * std::max(width, depth)}, at::kFloat);
