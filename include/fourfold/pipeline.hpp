@@ -2,10 +2,11 @@
 #pragma once
 /// CompressionPipeline: what a program holds in memory, compressed by composition.
 ///
-///   using Pipeline = CompressionPipeline<Activations<Int4>, Recompute<CheapOps>,
-///   OptimizerStates<Int8>>; auto pipeline  = Pipeline(*model);                 // in place: same
-///   names, same calls auto optimizer = pipeline.optimizer(torch::optim::AdamWOptions(1e-3)); auto
-///   loss      = pipeline.forward([&] { return criterion(model->forward(x), y); });
+///   using Pipeline = CompressionPipeline<Activations<Int4>, Recompute<CheapOps>, OptimizerStates<Int8>>;
+///
+///   auto pipeline  = Pipeline(*model);                 // in place: same names, same calls
+///   auto optimizer = pipeline.optimizer(torch::optim::AdamWOptions(1e-3));
+///   auto loss      = pipeline.forward([&] { return criterion(model->forward(x), y); });
 ///   loss.backward();
 ///   std::cout << pipeline.report();
 ///
@@ -125,6 +126,9 @@ class CompressionPipeline {
       state_->weights = compress_weights<typename Chosen::Format>(model, typename Chosen::Chosen{});
     }
     state_->parameters = parameters_of(model, "CompressionPipeline");
+    TORCH_CHECK(!state_->parameters.empty(),
+                "CompressionPipeline: the module has no parameters, so there is nothing to train; "
+                "hand over the module that holds them, after they are registered");
     for (const auto& [name, parameter] : state_->parameters)
       if (parameter.requires_grad()) state_->trainable.push_back(parameter);
     for (const at::Tensor& factor : factors(model)) state_->trainable.push_back(factor);

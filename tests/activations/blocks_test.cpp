@@ -5,6 +5,9 @@
 #include <gtest/gtest.h>
 #include <torch/torch.h>
 
+#include <memory>
+#include <thread>
+
 namespace {
 namespace door = fourfold::door;
 using fourfold::BlocksScope;
@@ -107,6 +110,28 @@ TEST(Blocks, EveryNth) {
   EXPECT_EQ(scope.recomputed(), 3);
   EXPECT_EQ(runs, 7 + 3);
   EXPECT_THAT(message_of([] { BlocksScope none(0); }), HasSubstr("got every = 0; give 1"));
+}
+
+TEST(Blocks, AScopeLeftOnAnotherThreadOrOutOfOrderIsOver) {
+  int runs = 0;
+  at::Tensor x = torch::randn({3}).requires_grad_();
+  const auto runs_of_a_block = [&] {
+    runs = 0;
+    fourfold::block([&](const at::Tensor& t) { return ++runs, t.exp(); }, x).sum().backward();
+    return runs;
+  };
+  auto scope = std::make_unique<BlocksScope>();
+  EXPECT_EQ(runs_of_a_block(), 2);
+  std::thread([&] { scope.reset(); }).join();
+  EXPECT_EQ(runs_of_a_block(), 1);
+
+  auto outer = std::make_unique<BlocksScope>();
+  auto inner = std::make_unique<BlocksScope>(2);
+  outer.reset();
+  EXPECT_EQ(runs_of_a_block(), 2);
+  EXPECT_EQ(inner->recomputed(), 1);
+  inner.reset();
+  EXPECT_EQ(runs_of_a_block(), 1);
 }
 
 TEST(Blocks, BlocksWithinABlockBelongToIt) {

@@ -165,12 +165,97 @@ TEST(Pipeline, TakesAModelInEveryFormAndOutlivesIt) {
   EXPECT_EQ(d.parameters().size(), 2u);
   shared.reset();
   holder = nullptr;
-  std::ostringstream out;
-  out << a.report() << c.report();
-  EXPECT_THAT(out.str(), HasSubstr("weights"));
+  EXPECT_GE(c.report()[Place::kWeights].now, 4 * (8 * 8 + 8));  // the optimizer may need them yet
+  EXPECT_THAT(c.explain(), HasSubstr("no forward ran"));
+  EXPECT_NO_THROW(c.optimizer()->step());
+  EXPECT_EQ(c.forward([] { return 3; }), 3);
   torch::nn::Linear empty{nullptr};
   EXPECT_THAT([&] { Balanced pipeline(empty); },
               testing::ThrowsMessage<c10::Error>(HasSubstr("construct the module first")));
+  torch::nn::ReLU nothing;
+  EXPECT_THAT([&] { Balanced pipeline(nothing); },
+              testing::ThrowsMessage<c10::Error>(HasSubstr("the module has no parameters")));
+}
+
+TEST(Pipeline, PoliciesAreFoundInAnyOrder) {
+  using Turned = CompressionPipeline<OptimizerStates<Int8>, Recompute<CheapOps>, Activations<Int4>>;
+  expect_equal(train<Turned>(pipeline_models::linear, 5), train<Balanced>(pipeline_models::linear, 5),
+               "turned");
+  using Wrapped = CompressionPipeline<Blocks<>, OptimizerStates<Int8>, Activations<Int4>,
+                                      Recompute<CheapOps>>;
+  expect_equal(train<Wrapped>(pipeline_models::linear, 5), train<Smallest>(pipeline_models::linear, 5),
+               "turned");
+}
+
+// The gradient of 3/2 x cubed is read from the cubed tensor h as it was decoded, and so is the
+// gradient of that: 6 h (3/2)^2, off by 13.5 |h - h'|, where h' is off by one step, twice the bound
+// of the nearest, at most. (eps |h|: its own rounding.)
+TEST(Pipeline, ADoubleBackwardThroughPackedTensorsStaysWithinTheCodesBound) {
+  torch::manual_seed(2);
+  torch::nn::Linear unused(1, 1);
+  Whole4 pipeline(unused);
+  const auto x = torch::randn({64, 64}, torch::requires_grad());
+  const auto h = (x * 1.5).detach();
+  const auto y = pipeline.forward([&] { return (x * 1.5).pow(3).sum(); });
+  const auto first = torch::autograd::grad({y}, {x}, {}, true, /*create_graph=*/true)[0];
+  const auto second = torch::autograd::grad({first.sum()}, {x})[0];
+  const auto step = 2 * Int4{}.error_bound(h);
+  const auto off = (second - 13.5 * h).abs();
+  EXPECT_TRUE((off <= 13.5 * step + 1e-5 * h.abs()).all().item<bool>()) << (off / step).max();
+  EXPECT_GT(off.max().item<float>(), 0) << "nothing was packed";
+}
+
+/// d loss / d parameter and d (that . v) / d parameter by central differences, in fp64, against
+/// autograd through `Pipeline`: errors are h^2 times the third derivative and eps / h.
+template <class Pipeline>
+void expect_gradients_match_differences(const char* what) {
+  torch::manual_seed(5);
+  torch::nn::Sequential net(torch::nn::Linear(6, 8), torch::nn::GELU(),
+                            torch::nn::LayerNorm(torch::nn::LayerNormOptions({8})),
+                            torch::nn::Linear(8, 8), torch::nn::SiLU(), torch::nn::Linear(8, 3));
+  net->to(torch::kDouble);
+  const auto x = torch::randn({5, 6}, torch::kDouble), target = torch::randn({5, 3}, torch::kDouble);
+  Pipeline pipeline(net);
+  const auto parameters = net->parameters();
+  std::vector<torch::Tensor> along;
+  for (const auto& p : parameters) along.push_back(torch::randn_like(p));
+  const auto loss = [&] {
+    return pipeline.forward([&] { return torch::mse_loss(net->forward(x).tanh(), target); });
+  };
+  const auto slope = [&](bool create_graph) {  // the gradient along `along`
+    const auto gradients = torch::autograd::grad({loss()}, parameters, {}, true, create_graph);
+    auto sum = torch::zeros({}, torch::kDouble);
+    for (std::size_t i = 0; i < along.size(); ++i) sum = sum + (gradients[i] * along[i]).sum();
+    return sum;
+  };
+  constexpr double kStep = 1e-5;
+  const auto difference = [&](const auto& f) {
+    const auto moved = [&](double by) {
+      const torch::NoGradGuard no_grad;
+      for (std::size_t i = 0; i < along.size(); ++i) parameters[i].add_(along[i], by);
+    };
+    moved(kStep);
+    const double above = f();
+    moved(-2 * kStep);
+    const double below = f();
+    moved(kStep);
+    return (above - below) / (2 * kStep);
+  };
+  const double first = difference([&] { return loss().template item<double>(); });
+  EXPECT_NEAR(slope(false).template item<double>(), first, 1e-6 * std::abs(first) + 1e-8) << what;
+  const double second = difference([&] { return slope(false).template item<double>(); });
+  double curvature = 0;
+  const auto gradients = torch::autograd::grad({slope(true)}, parameters);
+  for (std::size_t i = 0; i < along.size(); ++i)
+    curvature += (gradients[i] * along[i]).sum().template item<double>();
+  EXPECT_NEAR(curvature, second, 1e-5 * std::abs(second) + 1e-7) << what;
+}
+
+TEST(Pipeline, ExactGradientsOfBothOrdersMatchDifferences) {
+  expect_gradients_match_differences<None>("none");
+  expect_gradients_match_differences<Exact>("exact");
+  expect_gradients_match_differences<CompressionPipeline<Blocks<>>>("blocks");
+  expect_gradients_match_differences<CompressionPipeline<Recompute<CheapOps>, Blocks<2>>>("both");
 }
 
 TEST(Pipeline, ExplainsWhyNothingWasSaved) {
@@ -297,6 +382,43 @@ TEST(Pipeline, TheLedgersPlacesAddUpToThePeakAndSavedBytesShrink) {
   EXPECT_LT(balanced[Place::kOptimizer].now, 2.2 * kParameters + 16 * 1024);
   EXPECT_EQ(none.saved_bytes, none.saved_plain_bytes);
   EXPECT_LT(balanced.saved_bytes, 0.2 * static_cast<double>(none.saved_bytes));
+}
+
+struct FeedForward : torch::nn::Module {
+  FeedForward() { register_module("layers", layers); }
+  torch::Tensor forward(const torch::Tensor& x) { return layers->forward(x); }
+  torch::nn::Sequential layers{torch::nn::Linear(64, 256), torch::nn::GELU(),
+                               torch::nn::Linear(256, 64),
+                               torch::nn::LayerNorm(torch::nn::LayerNormOptions({64}))};
+};
+
+TEST(Pipeline, EachPresetLowersTheMeasuredPeak) {
+  const auto peak_of = [](auto pipeline_type) {
+    using Pipeline = typename decltype(pipeline_type)::type;
+    torch::manual_seed(0);
+    torch::nn::Sequential net;
+    for (int i = 0; i < 4; ++i) net->push_back(FeedForward());
+    Pipeline pipeline(net);
+    auto optimizer = pipeline.optimizer();
+    const auto x = torch::randn({4096, 64});
+    const auto before = Meter{}.ledger().bytes.current;
+    Meter{}.restart_peak();
+    for (int i = 0; i < 2; ++i) {
+      optimizer->zero_grad();
+      pipeline.forward([&] { return net->forward(x).square().mean(); }).backward();
+      optimizer->step();
+    }
+    return pipeline.report().bytes.peak - before;
+  };
+  const auto none = peak_of(std::type_identity<None>{});
+  const auto exact = peak_of(std::type_identity<Exact>{});
+  const auto balanced = peak_of(std::type_identity<Balanced>{});
+  const auto smallest = peak_of(std::type_identity<Smallest>{});
+  // Of 4 blocks plain LibTorch keeps Linear's and GELU's inputs (1 + 4 + 4 MiB) and LayerNorm's (1);
+  // exact leaves out GELU's output (4 of 10); 4 bits are 4.5 / 32 of what is left.
+  EXPECT_LT(exact, 0.75 * static_cast<double>(none));
+  EXPECT_LT(balanced, 0.45 * static_cast<double>(none));  // transients of one block are 9 MiB
+  EXPECT_LT(smallest, balanced);
 }
 
 /// A policy from outside of the library: the seam is open. It names bf16-like moments by a codec

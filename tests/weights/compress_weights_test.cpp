@@ -457,6 +457,32 @@ TEST_F(CompressWeights, TorchSaveSaysWhatToDo) {
       AllOf(HasSubstr("Int8"), HasSubstr("fourfold::save"), HasSubstr("fourfold::decompress")));
 }
 
+// The factors' gradients through what LibTorch calls are those of the product written out, up to the
+// order of sums of at most 64 * 9 terms.
+TEST_F(CompressWeights, FactorsGetTheGradientsOfTheirProduct) {
+  const auto expect = [](auto module, const at::Tensor& x, const auto& plain) {
+    compress_weights<LowRank<4>>(module, every_matrix);
+    const std::vector<at::Tensor> trained = factors(module);
+    ASSERT_EQ(trained.size(), 2);
+    module->forward(x).sin().sum().backward();
+    const at::Tensor left = trained[0].detach().clone().requires_grad_();
+    const at::Tensor right = trained[1].detach().clone().requires_grad_();
+    plain(left.mm(right).view(module->weight.sizes())).sin().sum().backward();
+    EXPECT_TRUE(at::allclose(trained[0].grad(), left.grad(), 1e-4, 1e-4)) << module->name();
+    EXPECT_TRUE(at::allclose(trained[1].grad(), right.grad(), 1e-4, 1e-4)) << module->name();
+  };
+  torch::nn::Linear linear(32, 24);
+  const at::Tensor rows = torch::randn({16, 32});
+  expect(linear, rows, [&](const at::Tensor& w) { return at::linear(rows, w, linear->bias); });
+  torch::nn::Conv2d conv(torch::nn::Conv2dOptions(6, 8, 3).padding(1));
+  const at::Tensor images = torch::randn({2, 6, 9, 9});
+  expect(conv, images,
+         [&](const at::Tensor& w) { return at::conv2d(images, w, conv->bias, 1, 1); });
+  torch::nn::Embedding table(40, 16);
+  const at::Tensor indices = torch::randint(40, {3, 7}, torch::kLong);
+  expect(table, indices, [&](const at::Tensor& w) { return at::embedding(w, indices); });
+}
+
 TEST_F(CompressWeights, FactorsAreTrained) {
   torch::nn::Sequential model(torch::nn::Linear(32, 32), torch::nn::Tanh(),
                               torch::nn::Linear(32, 32));

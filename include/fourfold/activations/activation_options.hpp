@@ -33,8 +33,9 @@ template <StochasticCodec C>
 }
 
 struct ActivationOptions {
-  PackFunction pack = nullptr;            ///< null: what is not recomputed is held as it is
-  PackFunction pack_sensitive = nullptr;  ///< for softmax results; null: they are held as they are
+  PackFunction pack = nullptr;  ///< null: what is not recomputed is held as it is
+  /// For softmax results and inputs of checkpoints; null: they are held as they are.
+  PackFunction pack_sensitive = nullptr;
   MaskFunction pack_mask = pack_bits;     ///< null: masks are packed or held like all else
   std::vector<std::string_view> recompute{};  ///< operators, as "gelu" or "mylib::op"; static strings
   int recompute_depth = 4;                  ///< operators that run again for one saved tensor

@@ -8,7 +8,8 @@
 /// gradient of a linear or a convolution stays unbiased, with more variance; where a backward is
 /// not linear in what it saved (gelu, layer_norm, a softmax), a bias of the size of the rounding
 /// error squared remains. `Sensitive` is for results of softmax and log_softmax, which backward
-/// reads through exp: 8 bits unless said otherwise.
+/// reads through exp, and for the inputs of checkpoints, whose error reaches all that a block
+/// computes again: 8 bits unless said otherwise.
 #include <fourfold/activations/store.hpp>
 #include <fourfold/codec/group_int.hpp>
 #include <fourfold/core/codec.hpp>

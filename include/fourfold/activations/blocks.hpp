@@ -3,9 +3,8 @@
 /// The policy Blocks: which blocks of a model a pipeline computes again in place of keeping what
 /// they save. A model names its blocks in one of two ways:
 ///
-///   x = fourfold::block(layer, x);        // in its forward: the plain call wherever no pipeline
-///   asks torch::nn::Sequential layers(...);    // nothing to write: a Sequential's children are
-///   its blocks
+///   x = fourfold::block(layer, x);        // in its forward; the plain call where no pipeline asks
+///   torch::nn::Sequential layers(...);    // nothing to write: a Sequential's children are blocks
 ///
 /// (A ModuleList's children are called by the model itself: name them by block.)
 #include <torch/nn/module.h>
@@ -13,7 +12,9 @@
 #include <fourfold/activations/checkpoint.hpp>
 #include <fourfold/core/policy.hpp>
 #include <fourfold/torch/any_module.hpp>
+#include <fourfold/torch/door_state.hpp>
 
+#include <atomic>
 #include <cstdint>
 #include <memory>
 #include <utility>
@@ -30,63 +31,79 @@ struct Blocks {
 };
 static_assert(Policy<Blocks<>>, "Blocks must stay a Policy");
 
-/// Blocks met on this thread while it lives are checkpoints. The innermost one counts.
+namespace detail {
+
+struct OpenBlocks {
+  int every = 1;
+  CheckpointOptions options{};
+  bool inside = false;  ///< a block runs: blocks in it belong to it
+  std::int64_t met = 0, recomputed = 0;
+  std::atomic<bool> closed{false};  ///< by a scope that was left on another thread, or out of order
+  std::shared_ptr<OpenBlocks> outer;
+};
+
+/// The thread's innermost scope: through a pointer, so that every library uses the same variable.
+struct [[gnu::visibility("default")]] BlocksState {
+  static constexpr std::uint32_t kAbi = 1;
+  static constexpr const char* kName = "blocks";
+  std::shared_ptr<OpenBlocks>& (*innermost)() = []() -> std::shared_ptr<OpenBlocks>& {
+    static thread_local std::shared_ptr<OpenBlocks> top;
+    return top;
+  };
+};
+
+inline std::shared_ptr<OpenBlocks>& innermost_blocks() {
+  std::shared_ptr<OpenBlocks>& top = door::door_state<BlocksState>().innermost();
+  while (top != nullptr && top->closed.load(std::memory_order_acquire)) top = top->outer;
+  return top;
+}
+
+}  // namespace detail
+
+/// Blocks met on the thread that made it, while it lives, are checkpoints. The innermost one counts.
 class [[nodiscard]] BlocksScope {
  public:
   explicit BlocksScope(int every = 1, const CheckpointOptions& options = {})
-      : every_(every), options_(options), outer_(innermost()) {
+      : open_(std::make_shared<detail::OpenBlocks>()) {
     TORCH_CHECK(every >= 1, "BlocksScope: got every = ", every,
                 "; give 1 to recompute each block, 2 for every second");
-    innermost() = this;
+    open_->every = every;
+    open_->options = options;
+    open_->outer = std::exchange(detail::innermost_blocks(), open_);
   }
-  ~BlocksScope() { innermost() = outer_; }
+  ~BlocksScope() {
+    open_->closed.store(true, std::memory_order_release);
+    detail::innermost_blocks();
+  }
   BlocksScope(const BlocksScope&) = delete;
   BlocksScope& operator=(const BlocksScope&) = delete;
 
-  /// This thread's, or null; also null within a block: blocks inside it belong to it.
-  static BlocksScope* current() {
-    return innermost() && !innermost()->inside_ ? innermost() : nullptr;
-  }
-
-  /// fn(inputs...), checkpointed if its turn has come.
-  template <class Fn, class... Inputs>
-  auto run(Fn&& fn, Inputs&&... inputs) -> detail::BlockResult<Fn, Inputs...> {
-    ++met_;
-    struct Inside {
-      explicit Inside(BlocksScope& s) : scope(s) { scope.inside_ = true; }
-      ~Inside() { scope.inside_ = false; }
-      BlocksScope& scope;
-    } const inside(*this);
-    if ((met_ - 1) % every_ != 0)
-      return detail::call_block(std::forward<Fn>(fn), std::forward<Inputs>(inputs)...);
-    ++recomputed_;
-    return checkpoint(options_, std::forward<Fn>(fn), std::forward<Inputs>(inputs)...);
-  }
-  [[nodiscard]] std::int64_t met() const { return met_; }                ///< blocks that ran in it
-  [[nodiscard]] std::int64_t recomputed() const { return recomputed_; }  ///< of them, checkpoints
+  [[nodiscard]] std::int64_t met() const { return open_->met; }  ///< blocks that ran in it
+  [[nodiscard]] std::int64_t recomputed() const { return open_->recomputed; }  ///< of them
 
  private:
-  static BlocksScope*& innermost() {
-    static thread_local BlocksScope* scope = nullptr;
-    return scope;
-  }
-
-  const int every_;
-  const CheckpointOptions options_;
-  BlocksScope* const outer_;
-  bool inside_ = false;
-  std::int64_t met_ = 0, recomputed_ = 0;
+  std::shared_ptr<detail::OpenBlocks> open_;
 };
 
 /// fn(inputs...), as a block: a checkpoint within a BlocksScope (what a pipeline with Blocks
-/// opens), the plain call elsewhere, within another block and where a block is computed again. `fn`
-/// and `inputs` as checkpoint() takes them.
+/// opens) if its turn has come; the plain call elsewhere, within another block and where a block is
+/// computed again. `fn` and `inputs` as checkpoint() takes them.
 template <class Fn, class... Inputs>
 auto block(Fn&& fn, Inputs&&... inputs) -> detail::BlockResult<Fn, Inputs...> {
-  BlocksScope* scope = is_recomputing() ? nullptr : BlocksScope::current();
-  if (scope == nullptr || !at::GradMode::is_enabled())
+  const auto plain = [&]() -> detail::BlockResult<Fn, Inputs...> {
     return detail::call_block(std::forward<Fn>(fn), std::forward<Inputs>(inputs)...);
-  return scope->run(std::forward<Fn>(fn), std::forward<Inputs>(inputs)...);
+  };
+  if (is_recomputing() || !at::GradMode::is_enabled()) return plain();
+  const std::shared_ptr<detail::OpenBlocks> open = detail::innermost_blocks();
+  if (open == nullptr || open->inside) return plain();
+  struct Inside {
+    explicit Inside(detail::OpenBlocks& blocks) : of(blocks) { of.inside = true; }
+    ~Inside() { of.inside = false; }
+    detail::OpenBlocks& of;
+  } const inside(*open);
+  if (open->met++ % open->every != 0) return plain();
+  ++open->recomputed;
+  return checkpoint(open->options, std::forward<Fn>(fn), std::forward<Inputs>(inputs)...);
 }
 
 /// Undoes wrap_sequential_blocks when it dies. Outlives the model without harm.

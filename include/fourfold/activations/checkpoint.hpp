@@ -3,14 +3,14 @@
 /// Checkpointing: a block keeps its inputs alone, and runs again when backward needs the rest.
 ///
 ///   auto y = fourfold::checkpoint([&](const torch::Tensor& x) { return block->forward(x); }, x);
-///   auto y = fourfold::checkpoint(block, x);                             // a ModuleHolder or
-///   shared_ptr auto y = fourfold::checkpoint({.early_stop = false}, fn, x, mask, 3);
+///   auto y = fourfold::checkpoint(block, x);          // a ModuleHolder or shared_ptr
+///   auto y = fourfold::checkpoint({.early_stop = false}, fn, x, mask, 3);
 ///
 /// Losses and gradients are bit-equal to those of the plain call where the block does the same each
 /// time: random state, autocast, device and what the block wrote beside its result (running
 /// statistics, counters) are restored around the second run. Within a SavedTensorsScope the inputs,
 /// and the tensors of the second run until they are used, are held by its packer: under
-/// Activations<Int4> they are held in 4 bits, and the second run starts from the decoded inputs.
+/// Activations<Int4> inputs are held in 8 bits, and the second run starts from the decoded ones.
 /// Outside every scope they are referenced.
 ///
 /// Blocks nest; backward inside a block, double backward, retain_graph and a partial backward work;

@@ -105,7 +105,8 @@ class CheckpointFrame final : public door::SavedTensors,
       }
       const bool plain = parent == nullptr || tensor.is_inference();
       inputs_.push_back(
-          {plain ? door::saved_reference(tensor) : door::detail::pack_with(*parent, tensor),
+          {plain ? door::saved_reference(tensor)
+                 : door::detail::pack_with(*parent, tensor, /*block_input=*/true),
            tensor.requires_grad(), tensor.is_leaf(), false});
       if (!tensor.is_cpu() && !tensor.is_meta()) devices.push_back(tensor.device());
     }

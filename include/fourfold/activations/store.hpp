@@ -23,7 +23,8 @@
 ///  4. held exactly in one bit a value: dropout's noise and boolean masks; with `pack`, what the
 ///     backward of relu and leaky_relu asks of it;
 ///  5. not held, but computed again from what is held anyway (`recompute`);
-///  6. packed, rounded stochastically: softmax results by `pack_sensitive`, the rest by `pack`.
+///  6. packed, rounded stochastically: softmax results and inputs of checkpoints by
+///     `pack_sensitive`, the rest by `pack`.
 ///     Float, BFloat16 and Half only; a Double is held as it is.
 /// Without `pack` all of it is exact, and gradients are equal to the bit.
 ///
@@ -78,7 +79,11 @@ class ActivationStore final : public door::SavedTensors,
   [[nodiscard]] std::shared_ptr<door::Saved> pack(const at::Tensor& tensor) override {
     return pack_attached(tensor, tensor);
   }
+  // Inline here already: GCC emits a class's table in each unit where its first virtual function
+  // that is not inline in the class is defined inline below.
   [[nodiscard]] inline std::shared_ptr<door::Saved> pack_attached(
+      const at::Tensor& tensor, const at::Tensor& attached) override;
+  [[nodiscard]] inline std::shared_ptr<door::Saved> pack_block_input(
       const at::Tensor& tensor, const at::Tensor& attached) override;
 
   /// What LibTorch would hold: distinct storages, the model's own apart.
@@ -106,7 +111,10 @@ class ActivationStore final : public door::SavedTensors,
                                     bool written = true);
   std::shared_ptr<door::Saved> uncounted(const at::Tensor& tensor, std::atomic<std::int64_t>& kind);
   std::shared_ptr<door::Saved> as(const Stored& stored, detail::StorageView view);
-  Stored choose(const at::Tensor& tensor, const detail::Extent& extent, detail::Tape* tape);
+  std::shared_ptr<door::Saved> hold(const at::Tensor& tensor, const at::Tensor& attached,
+                                    PackFunction pack);
+  Stored choose(const at::Tensor& tensor, const detail::Extent& extent, PackFunction pack,
+                detail::Tape* tape);
   Stored borrowed(const at::Tensor& tensor, const detail::Extent& extent);
   Stored mask(const at::Tensor& tensor, const detail::Extent& extent);
   Stored sign(const at::Tensor& tensor, const detail::Extent& extent, bool positive);
@@ -215,6 +223,16 @@ inline bool ActivationStore::stays(const at::Tensor& tensor, const at::Tensor& a
 
 inline std::shared_ptr<door::Saved> ActivationStore::pack_attached(const at::Tensor& tensor,
                                                                    const at::Tensor& attached) {
+  return hold(tensor, attached, options_.pack);
+}
+inline std::shared_ptr<door::Saved> ActivationStore::pack_block_input(const at::Tensor& tensor,
+                                                                      const at::Tensor& attached) {
+  return hold(tensor, attached, options_.pack_sensitive);
+}
+
+inline std::shared_ptr<door::Saved> ActivationStore::hold(const at::Tensor& tensor,
+                                                          const at::Tensor& attached,
+                                                          PackFunction pack) {
   const door::OperatorsPause pause;
   if (!detail::is_plain(tensor) || tensor.numel() == 0) return uncounted(tensor, totals_->kept);
   c10::StorageImpl* const key = tensor.storage().unsafeGetStorageImpl();
@@ -247,7 +265,7 @@ inline std::shared_ptr<door::Saved> ActivationStore::pack_attached(const at::Ten
     totals_->kept.fetch_add(1, std::memory_order_relaxed);
     return std::make_shared<detail::SavedPiece>(tensor, index_->use(tensor.storage()));
   }
-  const Stored stored = choose(tensor, extent, tape);
+  const Stored stored = choose(tensor, extent, pack, tape);
   return stored == nullptr ? keep(tensor, tape) : as(stored, std::move(view));
 }
 
@@ -266,7 +284,7 @@ inline ActivationStore::Stored ActivationStore::borrowed(const at::Tensor& tenso
 
 inline ActivationStore::Stored ActivationStore::choose(const at::Tensor& tensor,
                                                        const detail::Extent& extent,
-                                                       detail::Tape* tape) {
+                                                       PackFunction pack, detail::Tape* tape) {
   c10::StorageImpl* const key = tensor.storage().unsafeGetStorageImpl();
   const detail::Tape::Origin* origin = tape ? tape->origin(key) : nullptr;
   if (tensor.scalar_type() == at::kBool) return mask(tensor, extent);
@@ -277,7 +295,7 @@ inline ActivationStore::Stored ActivationStore::choose(const at::Tensor& tensor,
             detail::rebuild(*tape, *origin, tensor._version(), options_.recompute_depth))
       return stored;
   const at::ScalarType dtype = tensor.scalar_type();
-  if (options_.pack == nullptr ||
+  if (pack == nullptr ||
       (dtype != at::kFloat && dtype != at::kBFloat16 && dtype != at::kHalf))
     return nullptr;
   const detail::Tape::Frame* frame = tape ? tape->frame() : nullptr;
@@ -287,7 +305,7 @@ inline ActivationStore::Stored ActivationStore::choose(const at::Tensor& tensor,
   if (result && frame->traits->sensitive)
     return options_.pack_sensitive ? packed(tensor, extent, options_.pack_sensitive, tape)
                                    : nullptr;
-  return packed(tensor, extent, options_.pack, tape);
+  return packed(tensor, extent, pack, tape);
 }
 
 inline ActivationStore::Stored ActivationStore::mask(const at::Tensor& tensor,

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 /// A matrix as the product of two factors of rank R: its truncated singular value decomposition.
-///   auto packed = LowRank<32>{}.compress(weight);  // (rows + columns) * 32 values for rows *
-///   columns auto again  = LowRank<32>{}.decompress(packed);
+///   auto packed = LowRank<32>{}.compress(weight);  // 32 (rows + columns) values for rows * columns
+///   auto again  = LowRank<32>{}.decompress(packed);
 ///
 /// buffers = {left (rows, R), right (R, columns)} in the dtype of the values, left right ~ values;
 /// the singular values are split evenly, their roots in either factor, so that both train at one

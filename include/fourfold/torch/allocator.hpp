@@ -4,8 +4,8 @@
 /// which its thread allocated (core/place.hpp). The same bytes a tensor would name by nbytes(), not
 /// what the system rounds them to.
 ///
-///   fourfold::door::install_allocator();                       // from now on LibTorch allocates
-///   here fourfold::door::retag(parameter, fourfold::Place::kWeights);
+///   fourfold::door::install_allocator();                       // LibTorch allocates here from now on
+///   fourfold::door::retag(parameter, fourfold::Place::kWeights);
 ///   fourfold::door::counters().read().at_peak;                 // adds up to the peak
 ///
 /// Not counted: what LibTorch's libraries take past c10 (scratch of MKL and oneDNN, pinned memory,

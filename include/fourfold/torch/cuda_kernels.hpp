@@ -24,23 +24,30 @@ inline std::optional<FourfoldDtype> kernel_dtype(at::ScalarType dtype) {
   }
 }
 
-/// Calls launch(table, dtype, stream) on the device and current stream of `tensor`. False where
-/// there is nothing to call: fourfold::cuda is not linked, the tensor is not on a GPU, or no kernel
-/// knows its dtype or the format (cudaErrorInvalidValue). Any other error of CUDA is thrown.
+/// Calls launch(table, stream) on `where` and its current stream. False where there is nothing to
+/// call: fourfold::cuda is not linked, the device is no GPU, or no kernel knows the format
+/// (cudaErrorInvalidValue). Any other error of CUDA is thrown.
+template <class Launch>
+bool run_kernel(at::Device where, const Launch& launch) {
+  constexpr int kSuccess = 0, kInvalidValue = 1;  // cudaError_t
+  const FourfoldKernels* const table = where.is_cuda() ? cuda::kernels() : nullptr;
+  if (table == nullptr) return false;
+  const c10::DeviceGuard guard(where);
+  const c10::impl::VirtualGuardImpl device(where.type());
+  const int error = launch(*table, device.getStream(where).native_handle());
+  TORCH_CHECK(error == kSuccess || error == kInvalidValue,
+              "a kernel of fourfold::cuda failed with CUDA error ", error, " on ", where,
+              "; run with CUDA_LAUNCH_BLOCKING=1 to see where");
+  return error == kSuccess;
+}
+/// launch(table, dtype, stream) on the device of `tensor`. False also where no kernel knows its
+/// dtype.
 template <class Launch>
 bool run_kernel(const at::Tensor& tensor, const Launch& launch) {
-  constexpr int kSuccess = 0, kInvalidValue = 1;  // cudaError_t
-  const FourfoldKernels* const table = tensor.is_cuda() ? cuda::kernels() : nullptr;
   const auto dtype = kernel_dtype(tensor.scalar_type());
-  if (table == nullptr || !dtype) return false;
-  const c10::DeviceGuard guard(tensor.device());
-  const c10::impl::VirtualGuardImpl device(tensor.device().type());
-  const int error = launch(*table, *dtype, device.getStream(tensor.device()).native_handle());
-  TORCH_CHECK(error == kSuccess || error == kInvalidValue,
-              "a kernel of fourfold::cuda failed with CUDA "
-              "error ",
-              error, " on ", tensor.device(), "; run with CUDA_LAUNCH_BLOCKING=1 to see where");
-  return error == kSuccess;
+  return dtype && run_kernel(tensor.device(), [&](const FourfoldKernels& table, void* stream) {
+           return launch(table, *dtype, stream);
+         });
 }
 
 inline std::optional<FourfoldKey> kernel_key(const std::optional<Key>& key) {

@@ -57,6 +57,11 @@ class SavedTensors {
     static_cast<void>(attached);
     return pack(tensor);
   }
+  /// An input of a checkpoint: what its second run starts from, so its error reaches all of it.
+  [[nodiscard]] virtual std::shared_ptr<Saved> pack_block_input(const at::Tensor& tensor,
+                                                                const at::Tensor& attached) {
+    return pack_attached(tensor, attached);
+  }
   /// A checkpoint drops what it is given and computes it again later; it says so, and `around` is
   /// who holds payloads in its stead (null: nobody, they are referenced).
   [[nodiscard]] virtual bool recomputes() const { return false; }
@@ -144,11 +149,13 @@ struct OpenScope {
 };
 
 /// `tensor` into the hands of `packer`, under what packers are promised.
-inline std::shared_ptr<Saved> pack_with(SavedTensors& packer, const at::Tensor& tensor) {
+inline std::shared_ptr<Saved> pack_with(SavedTensors& packer, const at::Tensor& tensor,
+                                        bool block_input = false) {
   const at::NoGradGuard no_grad;
   // A packer's own arithmetic is not the model's: autocast must not round it.
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-  std::shared_ptr<Saved> saved = packer.pack_attached(tensor.detach(), tensor);
+  std::shared_ptr<Saved> saved = block_input ? packer.pack_block_input(tensor.detach(), tensor)
+                                             : packer.pack_attached(tensor.detach(), tensor);
   TORCH_CHECK(
       saved != nullptr,
       "a SavedTensors returned null from pack(); it must return what unpacks to the tensor, "
@@ -194,7 +201,7 @@ class SavedTensorHooks final : public torch::autograd::SavedVariableHooks {
 
 class [[gnu::visibility("default")]] SavedTensorsEngine final : public torch::autograd::Engine {
  public:
-  static constexpr int kAbi = 1;  ///< changes with OpenScope, Saved, SavedTensors and this class
+  static constexpr int kAbi = 2;  ///< changes with OpenScope, Saved, SavedTensors and this class
 
   [[nodiscard]] int abi() const { return abi_; }
 

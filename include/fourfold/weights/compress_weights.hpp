@@ -3,8 +3,7 @@
 /// Parameters held packed, in place, in any module.
 ///
 ///   auto packed = fourfold::compress_weights<Int8>(*model);          // AllMatrices
-///   auto packed = fourfold::compress_weights<Nf4>(*model, [](const std::string& name, const
-///                     at::Tensor& p) { return p.dim() == 2 && name != "head.weight"; });
+///   auto packed = fourfold::compress_weights<Nf4>(*model, filter);   // bool filter(name, parameter)
 ///   fourfold::compress_weights<LowRank<64>>(*model);                 // trained by its factors
 ///   optimizer(fourfold::factors(*model));
 ///   fourfold::decompress(*model);                                    // the one way back

@@ -38,6 +38,24 @@ inline std::optional<FourfoldFormat> kernel_format(const Payload& weight) {
   return std::nullopt;
 }
 
+/// Rows of x up to which the factors' kernel, which keeps x V^T in shared memory, is asked: more
+/// are two products that fill the device.
+inline constexpr std::int64_t kFewRowsOfFactors = 16;
+
+/// x (rows_x, columns) V^T U^T to `out` (rows_x, rows) in one launch. False where no kernel takes
+/// it.
+inline bool multiply_factors_by_kernel(const at::Tensor& matrix, const at::Tensor& left,
+                                       const at::Tensor& right, const at::Tensor& out) {
+  if (!matrix.is_cuda() || matrix.size(0) > kFewRowsOfFactors) return false;
+  const at::Tensor u = left.contiguous(), v = right.contiguous();
+  return door::run_kernel(
+      matrix, [&](const FourfoldKernels& kernels, FourfoldDtype dtype, void* stream) {
+        return kernels.factor_matmul(out.mutable_data_ptr(), matrix.const_data_ptr(),
+                                     u.const_data_ptr(), v.const_data_ptr(), dtype, matrix.size(0),
+                                     u.size(0), v.size(1), u.size(1), stream);
+      });
+}
+
 /// False where no kernel takes it.
 inline bool multiply_by_kernel(const at::Tensor& matrix, const Payload& weight, bool transposed,
                                const at::Tensor& out) {
@@ -68,15 +86,20 @@ inline at::Tensor product(const char* what, const at::Tensor& x, const Payload& 
               " and the packed weight on ", weight.device(), "; move one of them with to()");
   const PlainArithmetic plain;
   const at::Tensor values = x.detach();
-  if (weight.factorised()) {
-    const at::Tensor left = weight.buffers()[0].detach().to(x.scalar_type());
-    const at::Tensor right = weight.buffers()[1].detach().to(x.scalar_type());
-    return transposed ? at::matmul(at::matmul(values, right.t()), left.t())
-                      : at::matmul(at::matmul(values, left), right);
-  }
   std::vector<std::int64_t> out_sizes = x.sizes().vec();
   out_sizes.back() = free;
   const std::int64_t rows = c10::multiply_integers(x.sizes().slice(0, x.dim() - 1));
+  if (weight.factorised()) {
+    const at::Tensor left = weight.buffers()[0].detach().to(x.scalar_type());
+    const at::Tensor right = weight.buffers()[1].detach().to(x.scalar_type());
+    if (transposed && x.is_cuda() && rows <= kFewRowsOfFactors) {
+      const at::Tensor out = at::empty({rows, free}, x.options());
+      const at::Tensor matrix = values.reshape({rows, summed}).contiguous();
+      if (multiply_factors_by_kernel(matrix, left, right, out)) return out.view(out_sizes);
+    }
+    return transposed ? at::matmul(at::matmul(values, right.t()), left.t())
+                      : at::matmul(at::matmul(values, left), right);
+  }
   if (rows == 0 || free == 0 || summed == 0) return at::zeros(out_sizes, x.options());
   const at::Tensor out = at::empty({rows, free}, x.options());
   const at::Tensor matrix = values.reshape({rows, summed}).contiguous();

@@ -3,7 +3,7 @@
 /// The policy for the first of the four places: parameters held packed.
 ///   CompressionPipeline<Weights<Int8>>                    // every matrix of a model, frozen
 ///   CompressionPipeline<Weights<LowRank<64>>>             // its factors are trained in its place
-///   CompressionPipeline<Weights<Int4, AllBut<"head">>>    // any filter type of the user's
+///   CompressionPipeline<Weights<Int4, MyFilter>>          // any ParameterFilter of the user's
 #include <ATen/core/Tensor.h>
 #include <fourfold/core/codec.hpp>
 #include <fourfold/core/policy.hpp>
