@@ -143,6 +143,45 @@ TEST(Recompute, UnderACodecWhatIsComputedAgainIsNotPacked) {
   EXPECT_LT(packed->held_bytes().peak, packed->plain_bytes().peak / 4);
 }
 
+TEST(Recompute, ABatchNormUpdatesItsStatisticsOnce) {
+  const auto run = [](const std::shared_ptr<ActivationStore>& store) {
+    torch::manual_seed(0);
+    nn::Conv2d first(nn::Conv2dOptions(3, 16, 3)), second(nn::Conv2dOptions(16, 4, 3));
+    nn::BatchNorm2d norm(16);
+    const auto x = torch::randn({8, 3, 16, 16});
+    for (const bool training : {true, true, false}) {
+      norm->train(training);
+      const auto forward = [&] { return second(torch::silu(norm(first(x)))).square().sum(); };
+      (store ? within(store, forward) : forward()).backward();
+    }
+    return std::vector<torch::Tensor>{norm->running_mean, norm->running_var,
+                                      norm->num_batches_tracked, first->weight.grad(),
+                                      norm->weight.grad(), second->weight.grad()};
+  };
+  const auto store = ActivationStore::make(recompute());
+  const auto ours = run(store), plain = run(nullptr);
+  for (std::size_t i = 0; i < ours.size(); ++i) EXPECT_TRUE(torch::equal(ours[i], plain[i])) << i;
+  EXPECT_GT(store->counts().recomputed, 0);
+}
+
+// A list of the user's that names an operator of random numbers does not make it run again.
+TEST(Recompute, WhatDrawsRandomNumbersIsNotRunAgain) {
+  auto options = recompute();
+  options.recompute = {"rrelu_with_noise", "bernoulli", "native_dropout", "gelu"};
+  const auto store = ActivationStore::make(options);
+  torch::manual_seed(0);
+  const auto x = torch::randn({64, 64}, torch::requires_grad());
+  const auto w = torch::randn({64, 64}, torch::requires_grad());
+  at::Tensor drawn;
+  const auto loss = within(store, [&] {
+    drawn = at::bernoulli(torch::sigmoid(x * 1));
+    return drawn.mm(w).sum();
+  });
+  loss.backward();
+  EXPECT_EQ(store->counts().recomputed, 0) << store->explain();
+  EXPECT_TRUE(torch::equal(w.grad(), drawn.detach().t().mm(torch::ones({64, 64}))));
+}
+
 /// loss = sum((op(x * 1).mm(w)).square()), and what became of op's result.
 struct Case {
   const char* name;
@@ -165,6 +204,10 @@ TEST(Recompute, EachOperatorIsExact) {
       {"mish", [](auto& x) { return torch::mish(x); }, true},
       {"layer_norm", [&](auto& x) { return at::layer_norm(x, {96}, scale, shift); }, true},
       {"rms_norm", [&](auto& x) { return at::rms_norm(x, {96}, scale); }, true},
+      {"group_norm", [&](auto& x) { return at::group_norm(x, 4, scale, shift); }, true},
+      {"batch_norm",
+       [&](auto& x) { return at::batch_norm(x, scale, shift, {}, {}, true, 0.1, 1e-5, false); },
+       true},
       {"gelu of gelu", [](auto& x) { return torch::gelu(torch::gelu(x)); }, true},
       {"four deep",
        [](auto& x) { return torch::gelu(torch::silu(torch::mish(torch::softplus(x)))); }, true},

@@ -18,6 +18,7 @@ struct OperatorTraits {
   bool assembles = false;            ///< its result is filled by later writes (empty, zeros, ...)
   bool draws_two_values = false;     ///< bernoulli_
   bool scales_in_place = false;      ///< mul_, div_: two values stay two values
+  bool batch_norm = false;           ///< writes running statistics that its schema does not name
   bool copies = false;               ///< its result has its argument's values, rounded at most
   bool sensitive = false;            ///< backward reads the result through exp: softmax
   bool reads_nonzero = false;        ///< backward asks of what it saved whether it is 0: relu
@@ -44,6 +45,7 @@ struct OperatorTraits {
       assembles = assembles || name.starts_with(stem);
     draws_two_values = name == "bernoulli_";
     scales_in_place = name == "mul_" || name == "div_";
+    batch_norm = name == "native_batch_norm";
     copies = name == "_to_copy" || name == "clone";
     sensitive = name == "_softmax" || name == "_log_softmax";
     reads_nonzero = name == "relu" || name == "relu_";

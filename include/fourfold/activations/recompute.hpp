@@ -20,9 +20,10 @@
 
 namespace fourfold::inline v0 {
 
-/// Elementwise operators, activation functions, normalisations of rows, casts and copies: names as
-/// in the dispatcher, all overloads ("aten::" may be left out). An operator that draws random
-/// numbers is never run again, whatever a list says; dropout is the product with its mask.
+/// Elementwise operators, activation functions, normalisations, casts and copies: names as in the
+/// dispatcher, all overloads ("aten::" may be left out). An operator that draws random numbers is
+/// never run again, whatever a list says; dropout is the product with its mask. A batch norm is run
+/// again in training alone, and its running statistics are updated once.
 struct CheapOps {
   static constexpr auto kOperators = std::to_array<std::string_view>({
       "gelu",        "relu",      "relu6",     "silu",        "sigmoid",
@@ -31,7 +32,7 @@ struct CheapOps {
       "rms_norm",    "add",       "sub",       "rsub",        "_fused_rms_norm",
       "mul",         "div",       "neg",       "abs",         "square",
       "masked_fill", "where",     "clamp_min", "clamp_max",   "_to_copy",
-      "clone",
+      "clone",       "native_group_norm",     "native_batch_norm",
   });
 };
 

@@ -85,7 +85,7 @@ class Tape final : public door::OperatorObserver {
       for (const at::IValue& value : arguments) collect(value, frame.tensors);
       for (std::size_t i : traits.written) note_write(frame, arguments[i]);
       if (traits.cheap && at::GradMode::is_enabled() && !(traits.casts && autocasting()))
-        frame.call = record(op, arguments, frame.time);
+        frame.call = record(op, traits, arguments, frame.time);
     } catch (...) {
       pop();
       throw;
@@ -188,14 +188,21 @@ class Tape final : public door::OperatorObserver {
     }
   }
 
-  std::shared_ptr<OperatorCall> record(const c10::OperatorHandle& op,
-                                       at::ArrayRef<at::IValue> arguments, std::uint64_t time) {
+  /// Null where it cannot be run again. A batch norm in training does not read its running
+  /// statistics and is run again without them; another one reads what may change unseen.
+  static std::shared_ptr<OperatorCall> record(const c10::OperatorHandle& op,
+                                              const OperatorTraits& traits,
+                                              at::ArrayRef<at::IValue> arguments,
+                                              std::uint64_t time) {
+    constexpr std::size_t kMean = 3, kVariance = 4, kTraining = 5;
+    if (traits.batch_norm && !arguments[kTraining].toBool()) return nullptr;
     auto call = std::make_shared<OperatorCall>(op);
     call->time = time;
     call->arguments.resize(arguments.size());
     for (std::size_t i = 0; i < arguments.size(); ++i) {
       OperatorCall::Argument& argument = call->arguments[i];
       const at::IValue& value = arguments[i];
+      if (traits.batch_norm && (i == kMean || i == kVariance)) continue;  // none
       if (value.isTensorList() || value.isOptionalTensorList() || value.isGenerator() ||
           value.isObject())
         return nullptr;
