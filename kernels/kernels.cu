@@ -47,10 +47,21 @@ int factor_matmul(void* y, const void* x, const void* left, const void* right, F
                               as_stream(stream));
 }
 
+int compress_mask(std::int32_t width, void* bits, void* other, std::int64_t* found, const void* x,
+                  std::int64_t n, void* stream) {
+  return cuda::compress_bit_mask(width, bits, other, found, x, n, as_stream(stream));
+}
+
+int decompress_mask(std::int32_t width, void* out, const void* bits, const void* other,
+                    std::int64_t n, void* stream) {
+  return cuda::decompress_bit_mask(width, out, bits, other, n, as_stream(stream));
+}
+
 }  // namespace
 
 extern "C" const FourfoldKernels* fourfold_cuda_kernels() {
-  static constexpr FourfoldKernels kTable{cuda::kKernelsVersion, compress, decompress, matmul,
-                                          factor_matmul};
+  static constexpr FourfoldKernels kTable{
+      cuda::kKernelsVersion, compress,      decompress,     matmul,
+      factor_matmul,         compress_mask, decompress_mask};
   return &kTable;
 }

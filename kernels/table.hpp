@@ -30,5 +30,9 @@ cudaError_t matmul_nf4(bool transposed, void* y, const void* x, FourfoldDtype, c
 cudaError_t matmul_factors(void* y, const void* x, const void* left, const void* right,
                            FourfoldDtype, std::int64_t rows_x, std::int64_t rows,
                            std::int64_t columns, std::int64_t rank, cudaStream_t);
+cudaError_t compress_bit_mask(std::int32_t width, void* bits, void* other, std::int64_t* found,
+                              const void* x, std::int64_t n, cudaStream_t);
+cudaError_t decompress_bit_mask(std::int32_t width, void* out, const void* bits, const void* other,
+                                std::int64_t n, cudaStream_t);
 
 }  // namespace fourfold::cuda

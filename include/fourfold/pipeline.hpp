@@ -30,6 +30,7 @@
 #include <fourfold/torch/gradients.hpp>
 #include <fourfold/weights/compress_weights.hpp>
 
+#include <algorithm>
 #include <memory>
 #include <sstream>
 #include <string>
@@ -120,7 +121,11 @@ class CompressionPipeline {
   /// Weights, if a policy covers them, are compressed here, in place.
   template <ModuleLike M>
   explicit CompressionPipeline(M&& model) : state_(std::make_shared<detail::PipelineState>()) {
-    static_cast<void>(detail::module_of(model, "CompressionPipeline"));
+    torch::nn::Module& module = detail::module_of(model, "CompressionPipeline");
+    if constexpr (kHas<Role::kBlocks>) {  // first: it undoes itself, and packing rounds
+      state_->block_every = PolicyOf<Role::kBlocks>::every;
+      state_->wrapped_blocks = wrap_sequential_blocks(module);
+    }
     if constexpr (kHas<Role::kWeights>) {
       using Chosen = PolicyOf<Role::kWeights>;
       state_->weights = compress_weights<typename Chosen::Format>(model, typename Chosen::Chosen{});
@@ -142,17 +147,14 @@ class CompressionPipeline {
     state_->gradient_tags = door::retag_gradients(state_->trainable);
 
     ActivationOptions options;
-    options.payload_of = [](const at::Tensor& dense) { return door::payload_of_dense(dense); };
+    if (std::any_of(state_->parameters.begin(), state_->parameters.end(),
+                    [](const auto& one) { return door::is_packed(one.second); }))
+      options.payload_of = [](const at::Tensor& dense) { return door::payload_of_dense(dense); };
     if constexpr (kHas<Role::kActivations>) PolicyOf<Role::kActivations>::configure(options);
     if constexpr (kHas<Role::kRecompute>)
       options.recompute = operator_names<typename PolicyOf<Role::kRecompute>::Operators>();
     state_->store = ActivationStore::make(std::move(options));
     state_->store->keep_storages(weights);
-    if constexpr (kHas<Role::kBlocks>) {
-      state_->block_every = PolicyOf<Role::kBlocks>::every;
-      state_->wrapped_blocks =
-          wrap_sequential_blocks(detail::module_of(model, "CompressionPipeline"));
-    }
   }
 
   /// What `run` returns, run within the scope.

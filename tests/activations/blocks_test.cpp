@@ -134,6 +134,19 @@ TEST(Blocks, AScopeLeftOnAnotherThreadOrOutOfOrderIsOver) {
   EXPECT_EQ(runs_of_a_block(), 1);
 }
 
+TEST(Blocks, AHandleReleasesItsOwnChildrenAlone) {
+  torch::nn::Sequential model(torch::nn::Linear(8, 8));
+  auto first = fourfold::wrap_sequential_blocks(*model);
+  model->push_back(torch::nn::Linear(8, 8));
+  {
+    auto second = fourfold::wrap_sequential_blocks(*model);
+    EXPECT_EQ(second.blocks(), 1);
+  }
+  BlocksScope scope;
+  model->forward(torch::randn({2, 8})).sum().backward();
+  EXPECT_EQ(scope.met(), 1);
+}
+
 TEST(Blocks, BlocksWithinABlockBelongToIt) {
   int inner = 0;
   at::Tensor x = torch::randn({3}).requires_grad_();

@@ -247,6 +247,12 @@ T atomicAdd(T* address, T value) {
   return before;
 }
 template <class T>
+T atomicMin(T* address, T value) {
+  const T before = *address;
+  *address = std::min(before, value);
+  return before;
+}
+template <class T>
 T __ldg(const T* address) {
   return *address;
 }

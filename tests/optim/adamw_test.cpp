@@ -248,6 +248,24 @@ TEST_F(AdamW, MemoryOrderDoesNotMatterToTheMath) {
   EXPECT_TRUE(strided.equal(plain));
 }
 
+TEST_F(AdamW, AParameterInAnotherMemoryFormatIsRefused) {
+  at::Tensor p = torch::randn({4, 8, 8, 8}).requires_grad_();
+  fourfold::optim::AdamWOf<fourfold::Int8> optimizer({p}, 1e-3);
+  p.mutable_grad() = torch::ones_like(p);
+  optimizer.step();
+  p.mutable_grad().reset();
+  p.set_data(p.contiguous(at::MemoryFormat::ChannelsLast));
+  p.mutable_grad() = torch::ones_like(p);
+  const at::Tensor before = p.detach().clone();
+  try {
+    optimizer.step();
+    ADD_FAILURE() << "stepped";
+  } catch (const c10::Error& error) {
+    EXPECT_NE(std::string(error.what()).find("memory format"), std::string::npos) << error.what();
+  }
+  EXPECT_TRUE(torch::equal(p, before));
+}
+
 TEST_F(AdamW, HalfParametersAreSteppedInFp32) {
   torch::manual_seed(0);
   auto p = parameter({6000}, torch::kBFloat16);

@@ -205,6 +205,28 @@ TEST(Pipeline, ADoubleBackwardThroughPackedTensorsStaysWithinTheCodesBound) {
   EXPECT_GT(off.max().item<float>(), 0) << "nothing was packed";
 }
 
+// -inf among the values would make its group of 64 NaN: such a tensor is held as it is.
+TEST(Pipeline, InfinitiesThatAreSavedDoNotSpoilTheirNeighbours) {
+  torch::manual_seed(2);
+  torch::nn::Linear layer(64, 256);
+  const auto x = torch::randn({128, 64});
+  const auto hidden = torch::arange(256).remainder(3).eq(0);
+  const auto target = torch::randint(1, 2, {128}, torch::kLong);
+  const auto gradient_of = [&](auto&& run) {
+    layer->zero_grad();
+    run([&] {
+      const auto logits = layer->forward(x).masked_fill(hidden, -INFINITY);
+      return torch::nll_loss(torch::log_softmax(logits, 1), target);
+    }).backward();
+    return layer->weight.grad().clone();
+  };
+  const auto plain = gradient_of([](auto&& f) { return f(); });
+  Balanced pipeline(layer);
+  const auto ours = gradient_of([&](auto&& f) { return pipeline.forward(f); });
+  EXPECT_TRUE(ours.isfinite().all().item<bool>());
+  EXPECT_LT((ours - plain).norm().item<float>(), 0.1 * plain.norm().item<float>());
+}
+
 /// d loss / d parameter and d (that . v) / d parameter by central differences, in fp64, against
 /// autograd through `Pipeline`: errors are h^2 times the third derivative and eps / h.
 template <class Pipeline>
@@ -315,6 +337,14 @@ TEST(Pipeline, AnExceptionInForwardOrBackwardFreesWhatWasSaved) {
   EXPECT_EQ(pipeline.report().bytes.current, before);
   pipeline.forward([&] { return layer->forward(x); }).sum().backward();
   EXPECT_TRUE(layer->weight.grad().defined());
+}
+
+TEST(Pipeline, AnErrorLeavesTheModelAsItWas) {
+  torch::nn::SequentialImpl unowned(torch::nn::Linear(64, 64));
+  using Packing = CompressionPipeline<Weights<Int8>, Blocks<>>;
+  EXPECT_THAT([&] { Packing pipeline(unowned); },
+              testing::ThrowsMessage<c10::Error>(HasSubstr("make it a torch::nn::Sequential")));
+  for (const auto& p : unowned.parameters()) EXPECT_FALSE(door::is_packed(p));
 }
 
 TEST(Pipeline, WeightsAreFrozenPackedAndReported) {

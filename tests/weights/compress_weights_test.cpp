@@ -483,6 +483,71 @@ TEST_F(CompressWeights, FactorsGetTheGradientsOfTheirProduct) {
   expect(table, indices, [&](const at::Tensor& w) { return at::embedding(w, indices); });
 }
 
+TEST_F(CompressWeights, TiedParametersInAnotherMemoryFormatStayTied) {
+  torch::nn::Conv2d a(torch::nn::Conv2dOptions(8, 8, 3)), b(torch::nn::Conv2dOptions(8, 8, 3));
+  a->weight.set_data(a->weight.contiguous(at::MemoryFormat::ChannelsLast));
+  b->weight.set_data(a->weight);
+  torch::nn::Sequential model(a, b);
+  const at::Tensor plain = a->weight.detach().clone();
+  compress_weights<Int8>(model, every_matrix);
+  EXPECT_TRUE(torch::equal(decompress(a->weight), decompress(b->weight)));
+  EXPECT_TRUE(((decompress(b->weight) - plain).abs() <= Int8{}.error_bound(plain)).all().item<bool>());
+}
+
+TEST_F(CompressWeights, WhatStaysAndIsTiedStaysTied) {
+  torch::nn::Linear model(64, 64), other(64, 64);
+  const at::Tensor flat = torch::randn({64 * 64 + 64});
+  model->weight.set_data(flat.narrow(0, 0, 64 * 64).view({64, 64}));
+  model->bias.set_data(flat.narrow(0, 64 * 64, 64));
+  other->bias.set_data(flat.narrow(0, 64 * 64, 64));
+  torch::nn::Sequential both(model, other);
+  compress_weights<Int8>(both, every_matrix);
+  EXPECT_TRUE(model->bias.is_alias_of(other->bias));
+  EXPECT_TRUE(torch::equal(model->bias, flat.narrow(0, 64 * 64, 64)));
+  EXPECT_EQ(model->bias.storage().nbytes(), 64 * sizeof(float));
+}
+
+TEST_F(CompressWeights, AFrozenParametersFactorsAreFrozen) {
+  torch::nn::Linear model(64, 64);
+  model->weight.set_requires_grad(false);
+  compress_weights<LowRank<4>>(model, every_matrix);
+  for (const at::Tensor& factor : factors(model)) EXPECT_FALSE(factor.requires_grad());
+}
+
+// What Module::to does when it moves a module.
+TEST_F(CompressWeights, AMovedModuleKeepsTheFactorsThatAnOptimizerHolds) {
+  torch::nn::Linear model(64, 64);
+  compress_weights<LowRank<4>>(model, every_matrix);
+  const std::vector<at::Tensor> before = factors(model);
+  const at::Tensor values = decompress(model->weight);
+  model->weight.set_data(model->weight.clone());
+  const std::vector<at::Tensor> after = factors(model);
+  ASSERT_EQ(after.size(), 2);
+  for (std::size_t i = 0; i < 2; ++i) {
+    EXPECT_EQ(after[i].unsafeGetTensorImpl(), before[i].unsafeGetTensorImpl());
+    EXPECT_TRUE(after[i].requires_grad());
+  }
+  EXPECT_TRUE(torch::equal(decompress(model->weight), values));
+}
+
+TEST_F(CompressWeights, AFactorisedTablesPaddingGetsNoGradient) {
+  torch::nn::Embedding table(torch::nn::EmbeddingOptions(40, 16).padding_idx(3));
+  compress_weights<LowRank<4>>(table, every_matrix);
+  table->forward(torch::tensor({3, 5, 3})).sum().backward();
+  const at::Tensor gradient = factors(table)[0].grad();
+  EXPECT_EQ(gradient[3].abs().max().item<float>(), 0);
+  EXPECT_GT(gradient[5].abs().max().item<float>(), 0);
+}
+
+TEST_F(CompressWeights, ProductsOnTheLeftAreContiguousAndSparseOnesWork) {
+  torch::nn::Linear model(64, 64);
+  compress_weights<Int8>(model, every_matrix);
+  const at::Tensor x = torch::randn({64, 3});
+  EXPECT_TRUE(torch::mm(model->weight, x).is_contiguous());
+  const at::Tensor sparse = torch::eye(64).to_sparse();
+  EXPECT_TRUE(torch::equal(torch::mm(sparse, model->weight), decompress(model->weight)));
+}
+
 TEST_F(CompressWeights, FactorsAreTrained) {
   torch::nn::Sequential model(torch::nn::Linear(32, 32), torch::nn::Tanh(),
                               torch::nn::Linear(32, 32));

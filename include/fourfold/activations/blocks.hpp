@@ -125,16 +125,20 @@ class [[nodiscard]] SequentialBlocks {
   [[nodiscard]] std::int64_t blocks() const { return blocks_; }
 
   void undo() {
-    for (const auto& weak : wrapped_)
+    for (const auto& [weak, children] : wrapped_)
       if (const auto sequential = weak.lock())
-        for (torch::nn::AnyModule& child : *sequential) door::release(child);
+        for (const std::size_t child : children)
+          if (child < sequential->size())
+            door::release(*(sequential->begin() + static_cast<std::ptrdiff_t>(child)));
     wrapped_.clear();
     blocks_ = 0;
   }
 
  private:
   friend SequentialBlocks wrap_sequential_blocks(torch::nn::Module& root);
-  std::vector<std::weak_ptr<torch::nn::SequentialImpl>> wrapped_;
+  /// Whose children, and which of them: others may be another handle's.
+  std::vector<std::pair<std::weak_ptr<torch::nn::SequentialImpl>, std::vector<std::size_t>>>
+      wrapped_;
   std::int64_t blocks_ = 0;
 };
 
@@ -159,16 +163,18 @@ inline SequentialBlocks wrap_sequential_blocks(torch::nn::Module& root) {
                   "wrap_sequential_blocks: got a SequentialImpl that no shared_ptr owns; make it a "
                   "torch::nn::Sequential");
     }
-    bool any = false;
+    std::vector<std::size_t> children;
+    std::size_t number = 0;
     for (torch::nn::AnyModule& child : *sequential) {
-      const bool done =
-          door::intercept(child, [](const door::AnyForward& forward, door::AnyArguments arguments) {
-            return block(forward, std::move(arguments));
-          });
-      handle.blocks_ += done;
-      any = any || done;
+      if (door::intercept(child,
+                          [](const door::AnyForward& forward, door::AnyArguments arguments) {
+                            return block(forward, std::move(arguments));
+                          }))
+        children.push_back(number);
+      ++number;
     }
-    if (any) handle.wrapped_.push_back(owner);
+    handle.blocks_ += static_cast<std::int64_t>(children.size());
+    if (!children.empty()) handle.wrapped_.emplace_back(owner, std::move(children));
   };
   visit(visit, root);
   return handle;

@@ -198,6 +198,14 @@ class CheckpointFrame final : public door::SavedTensors,
     }
     std::shared_ptr<door::Saved> pack_attached(const at::Tensor& tensor,
                                                const at::Tensor& attached) override {
+      return hold(tensor, attached, /*block_input=*/false);
+    }
+    std::shared_ptr<door::Saved> pack_block_input(const at::Tensor& tensor,
+                                                  const at::Tensor& attached) override {
+      return hold(tensor, attached, /*block_input=*/true);
+    }
+    std::shared_ptr<door::Saved> hold(const at::Tensor& tensor, const at::Tensor& attached,
+                                      bool block_input) {
       if (stopping) throw Stop{};
       const std::size_t index = count++;
       if (index >= frame.holders_.size()) {
@@ -218,7 +226,7 @@ class CheckpointFrame final : public door::SavedTensors,
         TORCH_CHECK(look == frame.looks_[index], "fourfold::checkpoint: saved tensor ", index,
                     " of a block came back different when the block was computed again: it is ",
                     look.text(), ", its forward saved ", frame.looks_[index].text(), kAdvice);
-        saved = frame.payloads_ ? door::detail::pack_with(*frame.payloads_, attached)
+        saved = frame.payloads_ ? door::detail::pack_with(*frame.payloads_, attached, block_input)
                                 : door::saved_reference(tensor);
         holder->recomputed.emplace_back(task, saved);
       }

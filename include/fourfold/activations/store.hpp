@@ -25,7 +25,8 @@
 ///  5. not held, but computed again from what is held anyway (`recompute`);
 ///  6. packed, rounded stochastically: softmax results and inputs of checkpoints by
 ///     `pack_sensitive`, the rest by `pack`.
-///     Float, BFloat16 and Half only; a Double is held as it is.
+///     Float, BFloat16 and Half only; a Double is held as it is, and so is what holds an infinity
+///     or a NaN, whose neighbours would be lost.
 /// Without `pack` all of it is exact, and gradients are equal to the bit.
 ///
 /// A view comes back with its sizes, strides and dtype. Its offset is counted from the first value
@@ -34,7 +35,9 @@
 /// LibTorch's error at unpacking, as without us).
 #include <ATen/core/grad_mode.h>
 #include <ATen/CPUGeneratorImpl.h>
+#include <ATen/ops/all.h>
 #include <ATen/ops/gt.h>
+#include <ATen/ops/isfinite.h>
 #include <ATen/ops/ne.h>
 #include <fourfold/activations/activation_options.hpp>
 #include <fourfold/activations/rebuild.hpp>
@@ -238,7 +241,7 @@ inline std::shared_ptr<door::Saved> ActivationStore::hold(const at::Tensor& tens
   c10::StorageImpl* const key = tensor.storage().unsafeGetStorageImpl();
   if (detail::Tape::is_parameter(attached) || index_->is_exact(key))
     return uncounted(tensor, totals_->parameters);
-  if (!active()) return keep(tensor);
+  if (!active() && !options_.payload_of) return keep(tensor);
 
   detail::Tape* const tape = this->tape();
   const std::int64_t version = tensor._version();
@@ -256,6 +259,7 @@ inline std::shared_ptr<door::Saved> ActivationStore::hold(const at::Tensor& tens
   }
   if (options_.payload_of && extent.dense())
     if (Stored lent = borrowed(tensor, extent)) return as(lent, std::move(view));
+  if (!active()) return keep(tensor);
   if (stays(tensor, attached, tape)) return keep(tensor, tape);
   const PlaceGuard place(Place::kActivations);
   const auto bytes = static_cast<std::int64_t>(tensor.nbytes());
@@ -352,9 +356,16 @@ inline ActivationStore::Stored ActivationStore::packed(const at::Tensor& tensor,
                 .forward = tape ? tape->forward() : 0,
                 .storage = tape ? tape->next_storage() : numbers_.fetch_add(1)};
   std::shared_ptr<const Payload> payload = pack(extent.view(tensor.scalar_type()).on(storage), key);
+  const bool holds_nan = payload->holds_nan();
   auto stored = std::make_shared<detail::Packed>(index_->use(storage), tensor._version(),
                                                  tensor.scalar_type(), std::move(extent),
                                                  std::move(payload), /*exact=*/false);
+  if (holds_nan) {  // of the tensor itself, or of what lies between its values?
+    detail::StorageView view(tensor);
+    const detail::Extent own(view);
+    if (!detail::SavedView(stored, std::move(view)).unpack().isfinite().all().item<bool>())
+      return mask(tensor, own);
+  }
   index_->add(stored);
   return stored;
 }

@@ -16,7 +16,9 @@
 #include <c10/core/GradMode.h>
 #include <fourfold/codec/detail/bit_mask_loops.hpp>
 #include <fourfold/core/codec.hpp>
+#include <fourfold/core/parallel.hpp>
 #include <fourfold/core/visit.hpp>
+#include <fourfold/torch/cuda_kernels.hpp>
 
 #include <bit>
 #include <optional>
@@ -71,6 +73,26 @@ BitMaskResult bit_mask_aten(const at::Tensor& flat) {
   return {{bytes.contiguous(), other.view(flat.scalar_type())}, n};
 }
 
+/// By the kernels of fourfold::cuda, on a GPU; nothing without them.
+template <class U>
+std::optional<BitMaskResult> bit_mask_by_kernel(const at::Tensor& flat) {
+  if (!flat.is_cuda() || cuda::kernels() == nullptr) return std::nullopt;
+  const std::int64_t n = flat.numel();
+  const auto options = at::TensorOptions(flat.device());
+  at::Tensor bits = at::empty({(n + 7) / 8}, options.dtype(at::kByte));
+  at::Tensor other = at::empty({1}, options.dtype(flat.scalar_type()));
+  const at::Tensor found = at::empty({2}, options.dtype(at::kLong));
+  if (!door::run_kernel(flat.device(), [&](const FourfoldKernels& kernels, void* stream) {
+        return kernels.compress_mask(sizeof(U), bits.mutable_data_ptr(), other.mutable_data_ptr(),
+                                     found.mutable_data_ptr<std::int64_t>(), flat.const_data_ptr(),
+                                     n, stream);
+      }))
+    return std::nullopt;
+  const auto third = found[1].item<std::int64_t>();
+  if (third < n) return BitMaskResult{{}, third};
+  return BitMaskResult{{std::move(bits), std::move(other)}, n};
+}
+
 /// Dense values of a dtype that visit_pattern takes.
 inline BitMaskResult bit_mask_compress(const at::Tensor& values, Isa isa = fourfold::isa()) {
   const c10::NoGradGuard no_grad;
@@ -79,7 +101,8 @@ inline BitMaskResult bit_mask_compress(const at::Tensor& values, Isa isa = fourf
   BitMaskResult result;
   visit_pattern(values.scalar_type(), [&]<class U>(std::type_identity<U>) {
     if (!values.is_cpu() && n > 0) {
-      result = bit_mask_aten<U>(flat);
+      auto by_kernel = bit_mask_by_kernel<U>(flat);
+      result = by_kernel ? *std::move(by_kernel) : bit_mask_aten<U>(flat);
       return;
     }
     at::Tensor bits =
@@ -88,7 +111,7 @@ inline BitMaskResult bit_mask_compress(const at::Tensor& values, Isa isa = fourf
     if (values.is_cpu())
       result.third = mask_to_bits(static_cast<const U*>(flat.const_data_ptr()), n,
                                   bits.mutable_data_ptr<std::uint8_t>(),
-                                  *static_cast<U*>(other.mutable_data_ptr()), isa);
+                                  *static_cast<U*>(other.mutable_data_ptr()), isa, parallel_for);
     result.buffers = {std::move(bits), std::move(other)};
   });
   return result;
@@ -103,6 +126,11 @@ inline at::Tensor bit_mask_decompress(const std::vector<at::Tensor>& buffers, at
   at::Tensor out = at::empty(sizes, other.options());
   visit_pattern(dtype, [&]<class U>(std::type_identity<U>) {
     if (!bits.is_cpu()) {
+      if (door::run_kernel(bits.device(), [&](const FourfoldKernels& kernels, void* stream) {
+            return kernels.decompress_mask(sizeof(U), out.mutable_data_ptr(), bits.const_data_ptr(),
+                                           other.const_data_ptr(), n, stream);
+          }))
+        return;
       const at::Tensor place = at::arange(8, bits.options());
       const at::Tensor set = bits.unsqueeze(1).__rshift__(place).bitwise_and(1);
       const at::Tensor flags = set.reshape({-1}).narrow(0, 0, n).to(pattern_dtype<U>());

@@ -13,6 +13,7 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
+#include <fourfold/codec/detail/by_kernel.hpp>
 #include <fourfold/codec/detail/companded_loops.hpp>
 #include <fourfold/codec/detail/random16.hpp>
 #include <fourfold/codec/detail/tile_io.hpp>
@@ -21,6 +22,7 @@
 #include <fourfold/core/visit.hpp>
 
 #include <optional>
+#include <utility>
 
 namespace fourfold::inline v0 {
 
@@ -33,6 +35,8 @@ class Companded {
       "Companded has two curves: Softsign for values of either sign, Sqrt for values >= 0");
   using Code = std::conditional_t<std::is_same_v<Curve, Sqrt>, std::uint8_t, std::int8_t>;
   static constexpr bool kNotNegative = std::is_same_v<Curve, Sqrt>;
+  static constexpr FourfoldFormat kKernelFormat{
+      .kind = kNotNegative ? 3 : 2, .bits = 8, .group = companded::kGroup, .symmetric = 0};
 
  public:
   using Packed = PackedAs<Companded>;
@@ -61,7 +65,6 @@ class Companded {
 
  private:
   [[nodiscard]] Packed pack(const at::Tensor& values, const std::optional<Key>& key) const;
-  [[nodiscard]] static at::Tensor on_cpu(const at::Tensor& values);
   static const Code* codes(const Packed& packed) {
     return packed.buffers[0].template const_data_ptr<Code>();
   }
@@ -128,29 +131,27 @@ void Companded<Bits, Curve>::decode(const Packed& packed, std::int64_t begin, st
   decode(packed, begin, end, out, fourfold::isa());
 }
 
-/// The seam for kernels: without them a tensor on another device goes through the CPU, code for
-/// code.
-template <int Bits, class Curve>
-at::Tensor Companded<Bits, Curve>::on_cpu(const at::Tensor& values) {
-  if (values.is_cpu()) return values;
-  TORCH_WARN_ONCE(name(), " has no kernel for ", values.device(),
-                  " in this program: values go through "
-                  "the CPU, correct but slow. Link fourfold::cuda for kernels.");
-  return values.cpu();
-}
-
 template <int Bits, class Curve>
 typename Companded<Bits, Curve>::Packed Companded<Bits, Curve>::pack(
     const at::Tensor& values, const std::optional<Key>& key) const {
   const std::string codec = name();
   detail::check_dense(values, codec);
+  const at::Tensor given = values.detach().resolve_neg().contiguous();
+  Packed packed{{}, values.sizes().vec(), values.scalar_type()};
+  const std::int64_t n = packed.numel(), groups = (n + kTile - 1) / kTile;
+  constexpr at::ScalarType kCode = c10::CppTypeToScalarType<Code>::value;
+  if (auto made =
+          detail::compress_by_kernel(kKernelFormat, given, {n, kCode}, {groups, at::kFloat}, key)) {
+    // A group that is NaN by its scale may hold what is refused, and that is named below.
+    if ((key && !kNotNegative) || !detail::any_nan((*made)[1])) {
+      packed.buffers = *std::move(made);
+      return packed;
+    }
+  }
   return visit_float(values.scalar_type(), codec, [&]<class T>(std::type_identity<T>) {
-    const at::Tensor dense = on_cpu(values.detach().resolve_neg()).contiguous();
+    const at::Tensor dense = detail::by_way_of_cpu(given, codec, /*has_kernel=*/true);
     const T* from = dense.const_data_ptr<T>();
-    Packed packed{{}, values.sizes().vec(), values.scalar_type()};
-    const std::int64_t n = packed.numel(), groups = (n + kTile - 1) / kTile;
-    packed.buffers = {at::empty({n}, c10::CppTypeToScalarType<Code>::value),
-                      at::empty({groups}, at::kFloat)};
+    packed.buffers = {at::empty({n}, kCode), at::empty({groups}, at::kFloat)};
     detail::FirstIndex misfit;
     parallel_for(0, groups, detail::groups_per_task(kTile), [&](std::int64_t a, std::int64_t b) {
       float buffer[kTile];
@@ -182,8 +183,12 @@ typename Companded<Bits, Curve>::Packed Companded<Bits, Curve>::pack(
 
 template <int Bits, class Curve>
 at::Tensor Companded<Bits, Curve>::decompress(const Packed& packed) const {
+  if (auto out = detail::decompress_by_kernel(kKernelFormat, packed.buffers[0], packed.buffers[1],
+                                              packed.sizes, packed.dtype))
+    return *std::move(out);
   Packed here = packed;
-  for (at::Tensor& buffer : here.buffers) buffer = on_cpu(buffer);
+  for (at::Tensor& buffer : here.buffers)
+    buffer = detail::by_way_of_cpu(buffer, name(), /*has_kernel=*/true);
   const at::Tensor out = at::empty(packed.sizes, packed.dtype);
   visit_float(packed.dtype, name(), [&]<class T>(std::type_identity<T>) {
     detail::decode_to(

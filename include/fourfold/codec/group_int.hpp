@@ -173,6 +173,14 @@ class GroupQuantizer {
     detail::decode_values(F, packed.buffers[0].template const_data_ptr<std::uint8_t>(),
                           detail::group_words(packed.buffers[1]), begin, end, out, isa());
   }
+  /// Whether a group was given a value that is not finite, so that all of it decodes to NaN.
+  [[nodiscard]] static bool holds_nan(const Packed& packed) {
+    const at::Tensor& words = packed.buffers.at(1);
+    constexpr std::uint32_t kNan = kNanWord;
+    if (!words.is_cpu()) return words.eq(static_cast<std::int64_t>(kNan)).any().template item<bool>();
+    const std::uint32_t* first = detail::group_words(words);
+    return std::find(first, first + words.numel(), kNan) != first + words.numel();
+  }
   /// Elementwise bound of |values - decompress(compress(values))|, fp32; twice it bounds the
   /// stochastic one.
   [[nodiscard]] at::Tensor error_bound(const at::Tensor& values) const {

@@ -4,8 +4,7 @@
 /// 2305.14314, section 3).
 ///   auto packed = Nf4{}.compress(weight);             // 4.5 bits a value
 ///   auto less   = Nf4DoubleQuant{}.compress(weight);  // 4.127 bits: scales in 8 bits, 256 a group
-///   auto better = Nf4Search{}.compress(weight);       // 12 scales tried a block, least squared
-///   error
+///   auto better = Nf4Search{}.compress(weight);       // least squared error of 12 scales a block
 ///
 /// Buffers: codes (ceil(n / 2), uint8, lower nibble first), scales (ceil(n / block), fp32); under
 /// double_quant scale codes (ceil(n / block), uint8) and steps (one for 256 of them, fp32). Values:

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
-/// A loop over [begin, end) on LibTorch's own threads. at::parallel_for is a template of its caller and
-/// runs on one thread where that caller is compiled without -fopenmp; this one calls the OpenMP library
-/// that LibTorch brought, so that no user needs a flag and no second pool of threads is begun.
+/// A loop over [begin, end) on LibTorch's own threads. at::parallel_for is a template of its caller
+/// and runs on one thread where that caller is compiled without -fopenmp; this one calls the OpenMP
+/// library that LibTorch brought: no user needs a flag, and no second pool of threads is begun.
 #include <ATen/Parallel.h>
 #include <c10/util/FunctionRef.h>
 #include <c10/util/ParallelGuard.h>
@@ -12,8 +12,9 @@
 #include <cstdint>
 #include <exception>
 
-// Three entry points of libgomp (its ABI since GCC 4.9) that LLVM's and Intel's libomp have as well. Weak:
-// null where LibTorch was built without OpenMP. Under names of our own, so that omp.h may be included too.
+// Three entry points of libgomp (its ABI since GCC 4.9) that LLVM's and Intel's libomp have as well.
+// Weak: null where LibTorch was built without OpenMP. Under names of our own, so that omp.h may be
+// included too.
 extern "C" {
 [[gnu::weak]] void fourfold_omp_parallel(void (*body)(void*), void* data, unsigned threads,
                                          unsigned flags) __asm__("GOMP_parallel");
@@ -47,9 +48,10 @@ struct ParallelLoop {
 
 }  // namespace detail
 
-/// Calls f(first, last) on disjoint pieces of at least `grain` that together are [begin, end), the last
-/// piece excepted. As for at::parallel_for: f touches data, not tensors; its first exception is rethrown
-/// once all pieces have ended; inside another such loop it is one piece.
+/// Calls f(first, last) on disjoint pieces that together are [begin, end): as many as there are
+/// threads, or fewer, so that `grain` is reached. As for at::parallel_for: f touches data (tensors
+/// under guards of its own alone, which other threads do not inherit); its first exception is
+/// rethrown once all pieces have ended; inside another such loop it is one piece.
 inline void parallel_for(std::int64_t begin, std::int64_t end, std::int64_t grain,
                          c10::function_ref<void(std::int64_t, std::int64_t)> f) {
   const bool one = end - begin <= std::max<std::int64_t>(1, grain) || at::in_parallel_region() ||

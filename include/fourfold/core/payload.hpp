@@ -37,6 +37,8 @@ class Payload {
   /// Whether the tensor is buffers()[0] times buffers()[1], both trainable (LowRank).
   [[nodiscard]] virtual bool factorised() const = 0;
   [[nodiscard]] virtual const std::vector<at::Tensor>& buffers() const = 0;
+  /// Whether values that were not finite made others NaN, as far as the codec knows.
+  [[nodiscard]] virtual bool holds_nan() const { return false; }
 };
 
 template <Codec C>
@@ -79,6 +81,10 @@ class CodecPayload final : public Payload {
     return requires { C::kFactorised; };
   }
   const std::vector<at::Tensor>& buffers() const override { return packed_.buffers; }
+  bool holds_nan() const override {
+    if constexpr (requires { C::holds_nan(packed_); }) return C::holds_nan(packed_);
+    return false;
+  }
 
  private:
   typename C::Packed packed_;

@@ -23,7 +23,7 @@ struct FourfoldKey {
 };
 
 struct FourfoldKernels {
-  std::int32_t version;  ///< kFourfoldKernels of the library that was linked
+  std::int32_t version;  ///< kKernelsVersion of the library that was linked
   /// codes and scales as the format's codec documents them; x (n).
   int (*compress)(FourfoldFormat, void* codes, void* scales, const void* x, FourfoldDtype,
                   std::int64_t n, const FourfoldKey*, void* stream);
@@ -38,6 +38,13 @@ struct FourfoldKernels {
   int (*factor_matmul)(void* y, const void* x, const void* left, const void* right, FourfoldDtype,
                        std::int64_t rows_x, std::int64_t rows, std::int64_t columns,
                        std::int64_t rank, void* stream);
+  /// The bits and the other value of n patterns of `width` (1, 2, 4 or 8) bytes. found (2): the
+  /// index of the first that is not 0, and of the first that is a third one; n where there is none.
+  /// With a third one the bits are not all written.
+  int (*compress_mask)(std::int32_t width, void* bits, void* other, std::int64_t* found,
+                       const void* x, std::int64_t n, void* stream);
+  int (*decompress_mask)(std::int32_t width, void* out, const void* bits, const void* other,
+                         std::int64_t n, void* stream);
 };
 
 [[gnu::weak]] const FourfoldKernels* fourfold_cuda_kernels();
@@ -46,11 +53,12 @@ struct FourfoldKernels {
 
 namespace fourfold::cuda {
 
-inline constexpr std::int32_t kKernelsVersion = 1;
+inline constexpr std::int32_t kKernelsVersion = 2;
 
 /// The linked kernels, or null: without fourfold::cuda, or with another version of it.
 inline const FourfoldKernels* kernels() {
-  const FourfoldKernels* table = fourfold_cuda_kernels != nullptr ? fourfold_cuda_kernels() : nullptr;
+  const FourfoldKernels* table =
+      fourfold_cuda_kernels != nullptr ? fourfold_cuda_kernels() : nullptr;
   return table != nullptr && table->version == kKernelsVersion ? table : nullptr;
 }
 

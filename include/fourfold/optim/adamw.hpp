@@ -8,7 +8,7 @@
 ///   optim::AdamWOf<optim::Fp32> exact(...);   // torch::optim::AdamW but for rounding
 ///
 /// A step decodes, updates and encodes 1024 values at a time: 16 KiB of scratch a thread, no dense
-/// state. Arithmetic is fp32 (fp64 for fp64 parameters), moments of tensors below
+/// state. Arithmetic is fp32, moments of tensors below
 /// `min_packed_elements` stay fp32. Codes are rounded stochastically by counter: nearest rounding
 /// freezes a second moment, whose relative change of 1 - beta2 a step is less than half a code.
 /// Results do not depend on the number of threads nor on the instructions used.
@@ -161,6 +161,12 @@ at::Tensor AdamW<M, V>::step(LossClosure closure) {
         TORCH_CHECK(state == nullptr || p.sizes() == state->sizes, "AdamW: parameter ", index,
                     " is ", p.sizes(), ", and its states are for ", at::IntArrayRef(state->sizes),
                     "; build the optimizer anew after changing a parameter's shape");
+        TORCH_CHECK(
+            state == nullptr ||
+                detail::same_order(state->sizes, detail::moment_strides(p), state->strides),
+            "AdamW: parameter ", index, " lies in memory with strides ", p.strides(), " on ",
+            p.device(), ", and its states for ", at::IntArrayRef(state->strides),
+            "; build the optimizer anew after changing a parameter's memory format");
       }
       ++index;
     }

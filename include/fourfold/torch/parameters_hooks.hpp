@@ -22,6 +22,19 @@ inline void require_gradient_of(const at::Tensor& packed, bool requires_grad) {
   packed.set_requires_grad(false);
 }
 
+/// Moving a module keeps its factors: they are what an optimizer holds. `moved` is a copy of `packed`
+/// that nobody else has.
+inline void keep_factors(const at::Tensor& packed, const at::Tensor& moved) {
+  PackedHolder* const from = packed_holder(packed);
+  PackedHolder* const to = packed_holder(moved);
+  if (from == nullptr || to == nullptr || from == to) return;
+  const std::shared_ptr<const Payload> old = from->payload(), made = to->payload();
+  if (!old->factorised() || !made->factorised()) return;
+  for (std::size_t i = 0; i < old->buffers().size(); ++i)
+    at::Tensor(old->buffers()[i]).set_data(made->buffers()[i].detach());
+  to->replace(made->with_buffers(old->buffers()));
+}
+
 /// No `override`: the interface has grown between LibTorch's versions, and a function that one does
 /// not have yet must still compile. Where it has one that is not here, this class stays abstract,
 /// is not installed, and requires_grad on a packed tensor is refused by the next operator instead.
@@ -36,8 +49,9 @@ class FrozenHooks : public Interface {
     require_gradient_of(tensor, requires_grad);
   }
   void set_data(const at::TensorBase& self, const at::TensorBase& data) const {
-    next_->set_data(self, data);
     const at::Tensor tensor(self);
+    if (data.use_count() == 1) keep_factors(tensor, at::Tensor(data));  // Module::to's, of its own
+    next_->set_data(self, data);
     if (is_packed(tensor) && tensor.is_leaf()) tensor.set_requires_grad(false);
   }
 

@@ -34,13 +34,17 @@ inline void check_frozen(const at::Tensor& tensor) {
 
 inline at::Tensor product_of(const at::Tensor& a, const at::Tensor& b) {
   check_frozen(a), check_frozen(b);
+  if (a.layout() != at::kStrided || b.layout() != at::kStrided)
+    return at::mm(dense_if_packed(a), dense_if_packed(b));
   TORCH_CHECK(a.dim() == 2 && b.dim() == 2 && a.size(1) == b.size(0),
               "mat1 and mat2 shapes cannot be multiplied (", a.sizes(), " and ", b.sizes(), ")");
   if (const auto weight = packed_matrix(b)) return multiply(dense_if_packed(a), *weight);
   const auto weight = packed_matrix(a);
   if (!weight) return at::mm(dense_if_packed(a), dense_if_packed(b));
-  // W b = (b^T W^T)^T
-  return multiply(dense_if_packed(b).t(), PackedMatrix{weight->payload, !weight->transposed}).t();
+  // W b = (b^T W^T)^T, in row-major order as LibTorch's
+  return multiply(dense_if_packed(b).t(), PackedMatrix{weight->payload, !weight->transposed})
+      .t()
+      .contiguous();
 }
 
 inline at::Tensor mm(c10::DispatchKeySet keys, const at::Tensor& a, const at::Tensor& b) {
@@ -103,14 +107,16 @@ inline at::Tensor bmm(c10::DispatchKeySet keys, const at::Tensor& a, const at::T
   if (autocasts(a)) return at::_ops::bmm::redispatch(keys & kBelowPackedKey, a, b);
   check_frozen(a), check_frozen(b);
   const bool fits = a.dim() == 3 && b.dim() == 3 && a.size(0) == b.size(0) &&
-                    a.size(2) == b.size(1) && a.scalar_type() == b.scalar_type();
+                    a.size(2) == b.size(1) && a.scalar_type() == b.scalar_type() &&
+                    a.layout() == at::kStrided && b.layout() == at::kStrided;
   if (fits)
     if (const auto transposed = transposed_batch(b))
       return batch_product(dense_if_packed(a), payload_of(b), *transposed);
   if (fits)
     if (const auto transposed = transposed_batch(a))
       return batch_product(dense_if_packed(b).transpose(1, 2), payload_of(a), !*transposed)
-          .transpose(1, 2);
+          .transpose(1, 2)
+          .contiguous();
   return at::bmm(dense_if_packed(a),
                  dense_if_packed(b));  // LibTorch's own words where they do not fit
 }
@@ -156,6 +162,8 @@ inline at::Tensor convolution_kernel(c10::DispatchKeySet keys, const at::Tensor&
 /// nothing to differentiate. Codes that are shared by a group of rows are read once a row.
 inline at::Tensor gather_rows(const Payload& table, const at::Tensor& indices) {
   const std::int64_t rows = table.sizes()[0], columns = table.sizes()[1];
+  TORCH_CHECK(indices.is_cpu(), "embedding: the packed table is on the CPU and the indices on ",
+              indices.device(), "; move one of them with to()");
   const at::Tensor which = indices.to(at::kLong).contiguous();
   std::vector<std::int64_t> sizes = indices.sizes().vec();
   sizes.push_back(columns);
@@ -183,7 +191,9 @@ inline at::Tensor embedding(const at::Tensor& weight, const at::Tensor& indices,
     return at::embedding(dense_if_packed(weight), which, padding_idx, scale_grad_by_freq, sparse);
   if (table->payload->factorised()) {
     const std::vector<at::Tensor>& factors = table->payload->buffers();
-    return at::matmul(at::embedding(factors[0], which), factors[1]).to(table->payload->dtype());
+    return at::matmul(at::embedding(factors[0], which, padding_idx, scale_grad_by_freq, sparse),
+                      factors[1])
+        .to(table->payload->dtype());
   }
   if (!weight.device().is_cpu())
     return at::embedding(dense_if_packed(weight), which, padding_idx, scale_grad_by_freq, sparse);

@@ -112,7 +112,7 @@ CompressedWeights compress_parameters(const NamedTensors& parameters, const Para
                   "): ", error.what_without_backtrace(), ". The module was left as it was");
     }
     if (format.factorised)
-      for (at::Tensor factor : payloads.back()->buffers()) factor.set_requires_grad(true);
+      for (at::Tensor factor : payloads.back()->buffers()) factor.set_requires_grad(tie.trainable());
     done.names.push_back(name);
     done.values += owner.numel();
     done.bytes_before += static_cast<std::int64_t>(owner.nbytes());
@@ -122,19 +122,20 @@ CompressedWeights compress_parameters(const NamedTensors& parameters, const Para
   for (std::size_t i = 0; i < ties.size(); ++i) {
     const at::Tensor whole =
         door::packed_tensor(std::move(payloads[i]), ties[i].owner.second.is_inference());
-    bool trainable = ties[i].owner.second.requires_grad();
+    door::packed_holder(whole)->was_trainable = ties[i].trainable();
     for (const TiedParameters::View& view : ties[i].views) {
-      trainable = trainable || view.parameter.requires_grad();
-      door::swap_in_place(view.parameter, whole.as_strided(view.parameter.sizes(),
-                                                           view.parameter.strides(), view.offset));
+      // Codes are in row-major order, whatever the owner's strides were.
+      const at::IntArrayRef strides = view.whole ? whole.strides() : view.parameter.strides();
+      door::swap_in_place(view.parameter,
+                          whole.as_strided(view.parameter.sizes(), strides, view.offset));
     }
-    door::packed_holder(whole)->was_trainable = trainable;
     door::swap_in_place(ties[i].owner.second, whole);
   }
-  for (const auto& [name, parameter] : staying) {
-    // A neighbour in a flat buffer would keep the whole buffer alive.
-    if (shares_storage_with_packed(ties, parameter)) parameter.set_data(parameter.detach().clone());
-  }
+  // A neighbour in a flat buffer would keep the whole buffer alive.
+  NamedTensors neighbours;
+  for (const auto& one : staying)
+    if (shares_storage_with_packed(ties, one.second)) neighbours.push_back(one);
+  move_to_own_storage(neighbours);
   return done;
 }
 

@@ -157,7 +157,8 @@ void load_model(const NamedTensors& parameters, const NamedTensors& buffers,
     at::Tensor& whole = made[entry.index];
     if (!whole.defined()) {
       if (payload->factorised())
-        for (at::Tensor factor : payload->buffers()) factor.set_requires_grad(true);
+        for (at::Tensor factor : payload->buffers())
+          factor.set_requires_grad(target.requires_grad());
       whole = door::packed_tensor(payload, target.is_inference());
     }
     door::PackedHolder* holder = door::packed_holder(whole);

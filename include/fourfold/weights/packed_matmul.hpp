@@ -46,7 +46,6 @@ inline constexpr std::int64_t kFewRowsOfFactors = 16;
 /// it.
 inline bool multiply_factors_by_kernel(const at::Tensor& matrix, const at::Tensor& left,
                                        const at::Tensor& right, const at::Tensor& out) {
-  if (!matrix.is_cuda() || matrix.size(0) > kFewRowsOfFactors) return false;
   const at::Tensor u = left.contiguous(), v = right.contiguous();
   return door::run_kernel(
       matrix, [&](const FourfoldKernels& kernels, FourfoldDtype dtype, void* stream) {
@@ -60,7 +59,10 @@ inline bool multiply_factors_by_kernel(const at::Tensor& matrix, const at::Tenso
 inline bool multiply_by_kernel(const at::Tensor& matrix, const Payload& weight, bool transposed,
                                const at::Tensor& out) {
   const auto format = kernel_format(weight);
-  if (!format) return false;
+  const at::IntArrayRef sizes = weight.sizes();
+  // A range of a larger payload has that one's buffers: its codes do not begin with the first byte.
+  if (!format || weight.buffers()[0].numel() != ceil_div(sizes[0] * sizes[1] * format->bits, 8))
+    return false;
   return door::run_kernel(
       matrix, [&](const FourfoldKernels& kernels, FourfoldDtype dtype, void* stream) {
         return kernels.matmul(*format, /*transposed=*/!transposed, out.mutable_data_ptr(),

@@ -16,10 +16,17 @@ struct TiedParameters {
   struct View {
     at::Tensor parameter;
     std::int64_t offset;  ///< of its first value in the owner
+    bool whole;           ///< all of the owner's values, in the same order
   };
   std::pair<std::string, at::Tensor> owner;
   std::vector<View> views;
   const void* storage = nullptr;  ///< where the owner's plain values were
+
+  [[nodiscard]] bool trainable() const {
+    return owner.second.requires_grad() || std::any_of(views.begin(), views.end(), [](auto& view) {
+             return view.parameter.requires_grad();
+           });
+  }
 };
 
 /// First and one past the last value that a tensor touches in its storage.
@@ -66,7 +73,7 @@ inline std::vector<TiedParameters> tied_parameters(const std::string& what,
           same || within, what, ": parameters '", tie.owner.first, "' and '", name,
           "' share a part of their values, and neither holds all of the other's; leave them "
           "out by a filter, or give each its own values with clone()");
-      tie.views.push_back({parameter, parameter.storage_offset() - owner.storage_offset()});
+      tie.views.push_back({parameter, parameter.storage_offset() - owner.storage_offset(), same});
       return;
     }
     ties.push_back({{name, parameter}, {}, parameter.storage().unsafeGetStorageImpl()});
@@ -96,6 +103,30 @@ inline bool shares_storage_with_packed(const std::vector<TiedParameters>& ties,
          std::any_of(ties.begin(), ties.end(), [&](const TiedParameters& tie) {
            return tie.storage == parameter.storage().unsafeGetStorageImpl();
          });
+}
+
+/// Copies what these hold to memory of their own; those that share values still do.
+inline void move_to_own_storage(const NamedTensors& parameters) {
+  std::vector<at::Tensor> rest;
+  for (const auto& [name, parameter] : parameters) rest.push_back(parameter);
+  while (!rest.empty()) {
+    std::vector<at::Tensor> together{rest.back()};
+    rest.pop_back();
+    for (std::size_t i = 0; i < together.size(); ++i)  // which grows
+      for (std::size_t j = rest.size(); j-- > 0;)
+        if (overlap(together[i], rest[j])) {
+          together.push_back(rest[j]);
+          rest.erase(rest.begin() + static_cast<std::ptrdiff_t>(j));
+        }
+    auto [first, last] = extent(together[0]);
+    for (const at::Tensor& one : together) {
+      first = std::min(first, extent(one).first);
+      last = std::max(last, extent(one).second);
+    }
+    const at::Tensor values = together[0].detach().as_strided({last - first}, {1}, first).clone();
+    for (const at::Tensor& one : together)
+      one.set_data(values.as_strided(one.sizes(), one.strides(), one.storage_offset() - first));
+  }
 }
 
 }  // namespace fourfold::inline v0::detail

@@ -2,7 +2,6 @@
 #pragma once
 /// A tensor of two values to bits and back, by the bit patterns of its values: 64 values a turn.
 #include <fourfold/core/isa.hpp>
-#include <fourfold/core/parallel.hpp>
 
 #include <algorithm>
 #include <atomic>
@@ -149,9 +148,11 @@ inline constexpr std::int64_t kBitMaskGrain = 1024;
 
 /// The bits of n values that are 0 or one other pattern, which comes back in `other` (0 if there is
 /// none). Gives n, or the index of the first value that is a third pattern. One pass: each piece
-/// takes the first other pattern that it meets, unless another piece met a different one.
-template <class U>
-std::int64_t mask_to_bits(const U* values, std::int64_t n, std::uint8_t* bits, U& other, Isa isa) {
+/// takes the first other pattern that it meets, unless another piece met a different one. Pieces
+/// are made by `loop`, which is called as parallel_for.
+template <class U, class Loop>
+std::int64_t mask_to_bits(const U* values, std::int64_t n, std::uint8_t* bits, U& other, Isa isa,
+                          const Loop& loop) {
   std::atomic<U> common{0};
   std::atomic<bool> failed{false};
   const auto piece = [&](std::int64_t first, std::int64_t last) {
@@ -173,7 +174,7 @@ std::int64_t mask_to_bits(const U* values, std::int64_t n, std::uint8_t* bits, U
       std::memcpy(bits + 8 * word, &ones, static_cast<std::size_t>((count + 7) / 8));
     }
   };
-  parallel_for(0, (n + 63) / 64, kBitMaskGrain, piece);
+  loop(0, (n + 63) / 64, kBitMaskGrain, piece);
   other = common;
   if (!failed) return n;
   U first = 0;  // the same index on any number of threads

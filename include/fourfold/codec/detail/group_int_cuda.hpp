@@ -11,13 +11,14 @@
 #include <ATen/ops/stack.h>
 #include <ATen/ops/zeros_like.h>
 #include <c10/util/Exception.h>
+#include <fourfold/codec/detail/by_kernel.hpp>
 #include <fourfold/codec/int_code.hpp>
 #include <fourfold/core/random.hpp>
-#include <fourfold/torch/cuda_kernels.hpp>
 
 #include <cstdint>
 #include <optional>
-#include <string_view>
+#include <string>
+#include <utility>
 #include <vector>
 
 namespace fourfold::inline v0::detail {
@@ -116,15 +117,17 @@ inline at::Tensor decode_aten(IntFormat f, const at::Tensor& codes, const at::Te
   return steps.mul(scale).add(minimum).reshape({-1}).narrow(0, 0, n);
 }
 
-inline void warn_no_kernels() {
-  TORCH_WARN_ONCE(
-      "fourfold packs CUDA tensors by composed ATen operators, which are slow and hold dense "
-      "copies "
-      "for a moment, since fourfold::cuda is not linked; link it to use its kernels");
-}
-
 inline FourfoldFormat kernel_format(IntFormat f) {
   return {.kind = 0, .bits = f.bits, .group = f.group, .symmetric = f.symmetric ? 1 : 0};
+}
+
+/// Formats without a kernel are told from others by asking for one, so where fourfold::cuda is
+/// linked and nothing came of it, there is none.
+inline void warn_composed(IntFormat f, at::Device device) {
+  warn_without_kernel("GroupQuantizer of " + std::to_string(f.bits) + " bits in groups of " +
+                          std::to_string(f.group) + " packs tensors",
+                      device, "by composed ATen operators, with dense copies for a moment",
+                      /*has_kernel=*/cuda::kernels() == nullptr);
 }
 
 /// The two calls that a CUDA tensor comes through: by a kernel where there is one.
@@ -132,29 +135,17 @@ inline std::vector<at::Tensor> cuda_compress(IntFormat f, const at::Tensor& valu
                                              const std::optional<Key>& key) {
   const at::Tensor dense = values.contiguous();
   const std::int64_t n = dense.numel();
-  const at::Tensor codes = at::empty({(n * f.bits + 7) / 8}, dense.options().dtype(at::kByte));
-  const at::Tensor words =
-      at::empty({(n + f.group - 1) / f.group}, dense.options().dtype(at::kInt));
-  const auto named = door::kernel_key(key);
-  if (door::run_kernel(dense,
-                       [&](const FourfoldKernels& kernels, FourfoldDtype dtype, void* stream) {
-                         return kernels.compress(kernel_format(f), codes.mutable_data_ptr(),
-                                                 words.mutable_data_ptr(), dense.const_data_ptr(),
-                                                 dtype, n, named ? &*named : nullptr, stream);
-                       }))
-    return {codes, words};
-  warn_no_kernels();
+  if (auto made = compress_by_kernel(kernel_format(f), dense, {(n * f.bits + 7) / 8, at::kByte},
+                                     {(n + f.group - 1) / f.group, at::kInt}, key))
+    return *std::move(made);
+  warn_composed(f, values.device());
   return encode_aten(f, values, key);
 }
 inline at::Tensor cuda_decompress(IntFormat f, const at::Tensor& codes, const at::Tensor& words,
                                   std::int64_t n, at::ScalarType dtype) {
-  const at::Tensor out = at::empty({n}, codes.options().dtype(dtype));
-  if (door::run_kernel(out, [&](const FourfoldKernels& kernels, FourfoldDtype type, void* stream) {
-        return kernels.decompress(kernel_format(f), out.mutable_data_ptr(), type,
-                                  codes.const_data_ptr(), words.const_data_ptr(), n, stream);
-      }))
-    return out;
-  warn_no_kernels();
+  if (auto out = decompress_by_kernel(kernel_format(f), codes, words, {n}, dtype))
+    return *std::move(out);
+  warn_composed(f, codes.device());
   at::Tensor values = decode_aten(f, codes, words, n);
   if (dtype == at::kHalf) values = values.clamp(-65504.0, 65504.0);  // as store_as saturates
   if (dtype == at::kBFloat16) values = values.clamp(-0x1.FEp127, 0x1.FEp127);

@@ -4,6 +4,7 @@
 /// are not copies of this code.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <fourfold/codec/detail/by_kernel.hpp>
 #include <fourfold/codec/detail/nf4_loops.hpp>
 #include <fourfold/codec/detail/random16.hpp>
 #include <fourfold/codec/detail/tile_io.hpp>
@@ -12,6 +13,7 @@
 
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace fourfold::inline v0 {
@@ -103,23 +105,28 @@ bool compress_unit(Nf4Format f, const T* values, std::int64_t n, std::int64_t un
   return finite;
 }
 
-/// The seam for kernels: without them a tensor on another device goes through the CPU, code for
-/// code.
-inline at::Tensor on_cpu(Nf4Format f, const at::Tensor& tensor) {
-  if (tensor.is_cpu()) return tensor;
-  TORCH_WARN_ONCE(
-      format_name(f), " packs tensors on ", tensor.device().type(),
-      " by way of the CPU, which is slow, because fourfold::cuda is not linked; link it to "
-      "use its kernels");
-  return tensor.cpu();
+/// What kernels/ has of NF4: its usual layout. The scale search alone is for the CPU.
+constexpr bool has_kernel(Nf4Format f) { return f.block == 64 && !f.double_quant; }
+constexpr bool has_kernel_to_compress(Nf4Format f, bool stochastic) {
+  return has_kernel(f) && (!f.search || stochastic);
 }
+inline constexpr FourfoldFormat kKernelFormat{.kind = 1, .bits = 4, .group = 64, .symmetric = 0};
 
 inline std::vector<at::Tensor> compress(Nf4Format f, const at::Tensor& values,
                                         const std::optional<Key>& key, Isa isa = fourfold::isa()) {
   const std::string name = format_name(f);
   fourfold::detail::check_dense(values, name);
+  const at::Tensor given = values.detach().resolve_neg().contiguous();
+  const bool has_one = has_kernel_to_compress(f, key.has_value());
+  if (has_one) {
+    const std::int64_t n = given.numel();
+    auto made = fourfold::detail::compress_by_kernel(kKernelFormat, given, {(n + 1) / 2, at::kByte},
+                                                     {blocks_of(f, n), at::kFloat}, key);
+    // What nearest rounding refuses is named below.
+    if (made && (key || !fourfold::detail::any_nan((*made)[1]))) return *std::move(made);
+  }
   return visit_float(values.scalar_type(), name, [&]<class T>(std::type_identity<T>) {
-    const at::Tensor dense = on_cpu(f, values.detach().resolve_neg()).contiguous();
+    const at::Tensor dense = fourfold::detail::by_way_of_cpu(given, name, has_one);
     const T* from = dense.const_data_ptr<T>();
     const std::int64_t n = dense.numel(), blocks = blocks_of(f, n), units_of = blocks_per_unit(f);
     std::vector<at::Tensor> buffers{at::empty({(n + 1) / 2}, at::kByte),
@@ -168,9 +175,14 @@ inline void decode(Nf4Format f, const std::vector<at::Tensor>& buffers, std::int
 
 inline at::Tensor decompress(Nf4Format f, const std::vector<at::Tensor>& buffers,
                              at::IntArrayRef sizes, at::ScalarType dtype) {
+  if (has_kernel(f))
+    if (auto out = fourfold::detail::decompress_by_kernel(kKernelFormat, buffers[0], buffers[1],
+                                                          sizes, dtype))
+      return *std::move(out);
   const at::Device device = buffers[0].device();
   std::vector<at::Tensor> here;
-  for (const at::Tensor& buffer : buffers) here.push_back(on_cpu(f, buffer));
+  for (const at::Tensor& buffer : buffers)
+    here.push_back(fourfold::detail::by_way_of_cpu(buffer, format_name(f), has_kernel(f)));
   const at::Tensor out = at::empty(sizes, dtype);
   const std::int64_t n = out.numel();
   visit_float(dtype, format_name(f), [&]<class T>(std::type_identity<T>) {

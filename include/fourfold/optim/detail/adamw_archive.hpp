@@ -192,7 +192,7 @@ struct LoadedStates {
     TORCH_CHECK(present.isBool(), "'state' of ", where, " is no truth value: the file is damaged");
     if (!present.toBool()) return nullptr;
     TORCH_CHECK(
-        same_order(sizes, strides, p.strides()) || !p.is_cpu() || !p.is_non_overlapping_and_dense(),
+        same_order(sizes, strides, moment_strides(p)),
         where, " has strides ", p.strides(), ", and in this file ", at::IntArrayRef(strides),
         "; bring it into the memory format that it was saved in");
     auto state = std::make_unique<AdamWState<First, Second>>();

@@ -7,6 +7,8 @@
 #include <c10/core/GradMode.h>
 #include <c10/core/MemoryFormat.h>
 #include <c10/util/Exception.h>
+#include <c10/util/strides.h>
+#include <fourfold/codec/detail/by_kernel.hpp>
 #include <fourfold/core/parallel.hpp>
 #include <fourfold/core/visit.hpp>
 #include <fourfold/optim/detail/adamw_update.hpp>
@@ -17,19 +19,31 @@
 namespace fourfold::inline v0 {
 namespace optim::detail {
 
+/// Whether a step reads and writes `p` where it lies.
+inline bool stepped_in_place(const at::Tensor& p) {
+  return p.is_cpu() && p.is_non_overlapping_and_dense();
+}
+
+/// The order in which p's moments lie: p's own in memory, or row-major where a step copies p.
+inline std::vector<std::int64_t> moment_strides(const at::Tensor& p) {
+  if (stepped_in_place(p)) return p.strides().vec();
+  const auto strides = c10::contiguous_strides(p.sizes());
+  return {strides.begin(), strides.end()};
+}
+
 template <class First, class Second>
 struct AdamWState final
     : public ::torch::optim::OptimizerCloneableParamState<AdamWState<First, Second>> {
   std::int64_t step = 0;
-  std::vector<std::int64_t> sizes,
-      strides;  ///< of the parameter; the moments lie in its memory order
+  std::vector<std::int64_t> sizes;    ///< of the parameter
+  std::vector<std::int64_t> strides;  ///< moment_strides() of it
   Moment<First> first;
   Moment<Second> second;
 
   AdamWState() = default;
   AdamWState(const at::Tensor& p, std::int64_t min_packed_elements)
       : sizes(p.sizes().vec()),
-        strides(p.strides().vec()),
+        strides(moment_strides(p)),
         first(p.numel(), p.numel() >= min_packed_elements),
         second(p.numel(), p.numel() >= min_packed_elements) {}
 };
@@ -97,14 +111,13 @@ template <class State>
 void step_parameter(at::Tensor p, at::Tensor grad, State& state, const AdamWFactors& factors,
                     const std::optional<Key>& key, Isa isa = fourfold::isa()) {
   const c10::NoGradGuard no_grad;
-  const bool direct = p.is_cpu() && p.is_non_overlapping_and_dense();
+  const bool direct = stepped_in_place(p);
   at::Tensor target = p.detach();
   if (!direct) {
-    if (!p.is_cpu()) {
-      TORCH_WARN_ONCE("fourfold steps parameters on ", p.device().type(),
-                      " by way of the CPU, where their states stay, which is slow, because "
-                      "fourfold::cuda is not linked; link it to use its kernels");
-    }
+    if (!p.is_cpu())
+      fourfold::detail::warn_without_kernel("fourfold's AdamW steps parameters", p.device(),
+                                            "by way of the CPU, where their states stay",
+                                            /*has_kernel=*/false);
     target = p.detach().to(at::kCPU).contiguous();
   }
   if (!same_order(target.sizes(), grad.strides(), target.strides()) || !grad.is_cpu())

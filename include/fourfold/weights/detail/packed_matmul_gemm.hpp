@@ -3,7 +3,7 @@
 /// A gemm against panels: c (rows, 32) = a (rows, depth) b (depth, 32), b contiguous, a and c
 /// strided by rows. Ours, since ATen's gives sums in an order that depends on the number of threads
 /// (seen with MKL even within a parallel region), and since codes are decoded right into its
-/// panels. Each sum runs over depth in order, by fma.
+/// panels. Each sum runs over depth in order; by fma where the processor has it.
 ///
 /// The register block is that of Goto and van de Geijn, "Anatomy of high-performance matrix
 /// multiplication" (TOMS 2008), section 6: b's rows are loaded, a's values broadcast.
