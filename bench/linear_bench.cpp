@@ -12,7 +12,7 @@
 #include <torch/utils.h>
 #include <fourfold/codec/group_int.hpp>
 #include <fourfold/codec/nf4.hpp>
-#include <fourfold/weights/packed_matmul.hpp>
+#include <fourfold/codec/packed_matmul.hpp>
 
 #include <algorithm>
 #include <chrono>

@@ -55,11 +55,12 @@ __global__ __launch_bounds__(kThreads) void bit_mask_kernel(
       ended = ended || strangers != 0;
     }
     if (ended) return;
-    if (!Second || lane >= kWords) continue;
+    if constexpr (Second) {
 #pragma unroll
-    for (int byte = 0; byte < 4; ++byte) {
-      const std::int64_t at = begin / 8 + lane * 4 + byte;
-      if (at * 8 < n) bits[at] = static_cast<std::uint8_t>(mine >> (byte * 8));
+      for (int byte = 0; byte < 4; ++byte) {
+        const std::int64_t at = begin / 8 + lane * 4 + byte;
+        if (lane < kWords && at * 8 < n) bits[at] = static_cast<std::uint8_t>(mine >> (byte * 8));
+      }
     }
   }
 }

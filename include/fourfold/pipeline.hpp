@@ -2,7 +2,8 @@
 #pragma once
 /// CompressionPipeline: what a program holds in memory, compressed by composition.
 ///
-///   using Pipeline = CompressionPipeline<Activations<Int4>, Recompute<CheapOps>, OptimizerStates<Int8>>;
+///   using Pipeline =
+///       CompressionPipeline<Activations<Int4>, Recompute<CheapOps>, OptimizerStates<Int8>>;
 ///
 ///   auto pipeline  = Pipeline(*model);                 // in place: same names, same calls
 ///   auto optimizer = pipeline.optimizer(torch::optim::AdamWOptions(1e-3));

@@ -13,7 +13,7 @@
 #include <fourfold/cuda/kernels.hpp>
 #include <fourfold/presets.hpp>
 #include <fourfold/weights/compress_weights.hpp>
-#include <fourfold/weights/packed_matmul.hpp>
+#include <fourfold/codec/packed_matmul.hpp>
 
 #include <cmath>
 #include <cstring>

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <fourfold/codec/low_rank.hpp>
-#include <fourfold/weights/packed_matmul.hpp>
+#include <fourfold/codec/packed_matmul.hpp>
 // what is tested comes first
 #include <gtest/gtest.h>
 #include <torch/torch.h>

@@ -60,7 +60,7 @@ inline std::shared_ptr<OpenBlocks>& innermost_blocks() {
 
 }  // namespace detail
 
-/// Blocks met on the thread that made it, while it lives, are checkpoints. The innermost one counts.
+/// Blocks met on the thread that made it are checkpoints while it lives. The innermost one counts.
 class [[nodiscard]] BlocksScope {
  public:
   explicit BlocksScope(int every = 1, const CheckpointOptions& options = {})
@@ -166,10 +166,9 @@ inline SequentialBlocks wrap_sequential_blocks(torch::nn::Module& root) {
     std::vector<std::size_t> children;
     std::size_t number = 0;
     for (torch::nn::AnyModule& child : *sequential) {
-      if (door::intercept(child,
-                          [](const door::AnyForward& forward, door::AnyArguments arguments) {
-                            return block(forward, std::move(arguments));
-                          }))
+      if (door::intercept(child, [](const door::AnyForward& forward, door::AnyArguments arguments) {
+            return block(forward, std::move(arguments));
+          }))
         children.push_back(number);
       ++number;
     }

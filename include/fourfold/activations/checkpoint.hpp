@@ -177,8 +177,8 @@ auto checkpoint(const CheckpointOptions& options, Fn&& fn, Inputs&&... inputs)
 }
 
 template <class Fn, class... Inputs>
-requires(!std::same_as<std::remove_cvref_t<Fn>, CheckpointOptions>)
-auto checkpoint(Fn&& fn, Inputs&&... inputs) {
+requires(!std::same_as<std::remove_cvref_t<Fn>, CheckpointOptions>) auto checkpoint(
+    Fn&& fn, Inputs&&... inputs) {
   return checkpoint(CheckpointOptions{}, std::forward<Fn>(fn), std::forward<Inputs>(inputs)...);
 }
 

@@ -104,10 +104,9 @@ class CheckpointFrame final : public door::SavedTensors,
         continue;
       }
       const bool plain = parent == nullptr || tensor.is_inference();
-      inputs_.push_back(
-          {plain ? door::saved_reference(tensor)
-                 : door::detail::pack_with(*parent, tensor, /*block_input=*/true),
-           tensor.requires_grad(), tensor.is_leaf(), false});
+      inputs_.push_back({plain ? door::saved_reference(tensor)
+                               : door::detail::pack_with(*parent, tensor, /*block_input=*/true),
+                         tensor.requires_grad(), tensor.is_leaf(), false});
       if (!tensor.is_cpu() && !tensor.is_meta()) devices.push_back(tensor.device());
     }
     if (!devices.empty()) device_ = c10::impl::VirtualGuardImpl(devices.front().type()).getDevice();

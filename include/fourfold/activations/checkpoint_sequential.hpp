@@ -3,7 +3,7 @@
 /// A chain of modules in checkpointed segments: what is held between them is the segments' inputs.
 ///
 ///   auto y = fourfold::checkpoint_sequential(sequential, /*segments=*/3, x);
-///   auto y = fourfold::checkpoint_sequential<Block>(module_list, 3, x);   // each child's forward(x)
+///   auto y = fourfold::checkpoint_sequential<Block>(module_list, 3, x);   // children's forward(x)
 #include <c10/util/Type.h>  // demangle
 #include <torch/nn/modules/container/modulelist.h>
 #include <torch/nn/modules/container/sequential.h>

@@ -26,13 +26,13 @@ namespace fourfold::inline v0 {
 /// again in training alone, and its running statistics are updated once.
 struct CheapOps {
   static constexpr auto kOperators = std::to_array<std::string_view>({
-      "gelu",        "relu",      "relu6",     "silu",        "sigmoid",
-      "tanh",        "elu",       "mish",      "leaky_relu",  "softplus",
-      "hardtanh",    "hardswish", "clamp",     "hardsigmoid", "native_layer_norm",
-      "rms_norm",    "add",       "sub",       "rsub",        "_fused_rms_norm",
-      "mul",         "div",       "neg",       "abs",         "square",
-      "masked_fill", "where",     "clamp_min", "clamp_max",   "_to_copy",
-      "clone",       "native_group_norm",     "native_batch_norm",
+      // clang-format off
+      "gelu", "relu", "relu6", "silu", "sigmoid", "tanh", "elu", "mish", "leaky_relu", "softplus",
+      "hardtanh", "hardswish", "hardsigmoid",
+      "native_layer_norm", "rms_norm", "_fused_rms_norm", "native_group_norm", "native_batch_norm",
+      "add", "sub", "rsub", "mul", "div", "neg", "abs", "square",
+      "clamp", "clamp_min", "clamp_max", "masked_fill", "where", "_to_copy", "clone",
+      // clang-format on
   });
 };
 

@@ -299,8 +299,7 @@ inline ActivationStore::Stored ActivationStore::choose(const at::Tensor& tensor,
             detail::rebuild(*tape, *origin, tensor._version(), options_.recompute_depth))
       return stored;
   const at::ScalarType dtype = tensor.scalar_type();
-  if (pack == nullptr ||
-      (dtype != at::kFloat && dtype != at::kBFloat16 && dtype != at::kHalf))
+  if (pack == nullptr || (dtype != at::kFloat && dtype != at::kBFloat16 && dtype != at::kHalf))
     return nullptr;
   const detail::Tape::Frame* frame = tape ? tape->frame() : nullptr;
   if (frame != nullptr && (frame->traits->reads_nonzero || frame->traits->reads_positive))

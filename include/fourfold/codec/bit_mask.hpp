@@ -18,7 +18,7 @@
 #include <fourfold/core/codec.hpp>
 #include <fourfold/core/parallel.hpp>
 #include <fourfold/core/visit.hpp>
-#include <fourfold/torch/cuda_kernels.hpp>
+#include <fourfold/cuda/run_kernel.hpp>
 
 #include <bit>
 #include <optional>
@@ -82,7 +82,7 @@ std::optional<BitMaskResult> bit_mask_by_kernel(const at::Tensor& flat) {
   at::Tensor bits = at::empty({(n + 7) / 8}, options.dtype(at::kByte));
   at::Tensor other = at::empty({1}, options.dtype(flat.scalar_type()));
   const at::Tensor found = at::empty({2}, options.dtype(at::kLong));
-  if (!door::run_kernel(flat.device(), [&](const FourfoldKernels& kernels, void* stream) {
+  if (!cuda::run_kernel(flat.device(), [&](const FourfoldKernels& kernels, void* stream) {
         return kernels.compress_mask(sizeof(U), bits.mutable_data_ptr(), other.mutable_data_ptr(),
                                      found.mutable_data_ptr<std::int64_t>(), flat.const_data_ptr(),
                                      n, stream);
@@ -126,7 +126,7 @@ inline at::Tensor bit_mask_decompress(const std::vector<at::Tensor>& buffers, at
   at::Tensor out = at::empty(sizes, other.options());
   visit_pattern(dtype, [&]<class U>(std::type_identity<U>) {
     if (!bits.is_cpu()) {
-      if (door::run_kernel(bits.device(), [&](const FourfoldKernels& kernels, void* stream) {
+      if (cuda::run_kernel(bits.device(), [&](const FourfoldKernels& kernels, void* stream) {
             return kernels.decompress_mask(sizeof(U), out.mutable_data_ptr(), bits.const_data_ptr(),
                                            other.const_data_ptr(), n, stream);
           }))

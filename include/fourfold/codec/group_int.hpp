@@ -177,7 +177,8 @@ class GroupQuantizer {
   [[nodiscard]] static bool holds_nan(const Packed& packed) {
     const at::Tensor& words = packed.buffers.at(1);
     constexpr std::uint32_t kNan = kNanWord;
-    if (!words.is_cpu()) return words.eq(static_cast<std::int64_t>(kNan)).any().template item<bool>();
+    if (!words.is_cpu())
+      return words.eq(static_cast<std::int64_t>(kNan)).any().template item<bool>();
     const std::uint32_t* first = detail::group_words(words);
     return std::find(first, first + words.numel(), kNan) != first + words.numel();
   }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 /// A matrix as the product of two factors of rank R: its truncated singular value decomposition.
-///   auto packed = LowRank<32>{}.compress(weight);  // 32 (rows + columns) values for rows * columns
+///   auto packed = LowRank<32>{}.compress(weight);  // 32 (rows + columns) values
 ///   auto again  = LowRank<32>{}.decompress(packed);
 ///
 /// buffers = {left (rows, R), right (R, columns)} in the dtype of the values, left right ~ values;

@@ -62,7 +62,8 @@ inline void parallel_for(std::int64_t begin, std::int64_t end, std::int64_t grai
   detail::ParallelLoop loop{begin, end, grain, f};
   fourfold_omp_parallel(
       [](void* data) {
-        static_cast<detail::ParallelLoop*>(data)->piece(fourfold_omp_thread(), fourfold_omp_threads());
+        static_cast<detail::ParallelLoop*>(data)->piece(fourfold_omp_thread(),
+                                                        fourfold_omp_threads());
       },
       &loop, 0, 0);
   if (loop.error) std::rethrow_exception(loop.error);

@@ -161,12 +161,11 @@ at::Tensor AdamW<M, V>::step(LossClosure closure) {
         TORCH_CHECK(state == nullptr || p.sizes() == state->sizes, "AdamW: parameter ", index,
                     " is ", p.sizes(), ", and its states are for ", at::IntArrayRef(state->sizes),
                     "; build the optimizer anew after changing a parameter's shape");
-        TORCH_CHECK(
-            state == nullptr ||
-                detail::same_order(state->sizes, detail::moment_strides(p), state->strides),
-            "AdamW: parameter ", index, " lies in memory with strides ", p.strides(), " on ",
-            p.device(), ", and its states for ", at::IntArrayRef(state->strides),
-            "; build the optimizer anew after changing a parameter's memory format");
+        TORCH_CHECK(state == nullptr ||
+                        detail::same_order(state->sizes, detail::moment_strides(p), state->strides),
+                    "AdamW: parameter ", index, " lies in memory with strides ", p.strides(),
+                    " on ", p.device(), ", and its states for ", at::IntArrayRef(state->strides),
+                    "; build the optimizer anew after changing a parameter's memory format");
       }
       ++index;
     }

@@ -4,7 +4,7 @@
 /// which its thread allocated (core/place.hpp). The same bytes a tensor would name by nbytes(), not
 /// what the system rounds them to.
 ///
-///   fourfold::door::install_allocator();                       // LibTorch allocates here from now on
+///   fourfold::door::install_allocator();      // LibTorch allocates here from now on
 ///   fourfold::door::retag(parameter, fourfold::Place::kWeights);
 ///   fourfold::door::counters().read().at_peak;                 // adds up to the peak
 ///

@@ -8,7 +8,7 @@
 ///     static constexpr const char* kName = "my door";
 ///     ...
 ///   };
-///   MyState& state = door_state<MyState>();          // made by whoever asks first; never destroyed
+///   MyState& state = door_state<MyState>();   // made by whoever asks first; never destroyed
 ///
 /// The slot is a static of a function with default visibility, so that libraries built with
 /// -fvisibility=hidden share it; its own layout never changes. Libraries that the loader keeps

@@ -22,7 +22,8 @@ namespace detail {
 
 class LinearMapBackward final : public ::torch::autograd::Node {
  public:
-  LinearMapBackward(const char* name, Adjoint adjoint) : name_(name), adjoint_(std::move(adjoint)) {}
+  LinearMapBackward(const char* name, Adjoint adjoint)
+      : name_(name), adjoint_(std::move(adjoint)) {}
   std::string name() const override { return name_; }
 
  private:

@@ -6,8 +6,8 @@
 ///   at::mm(x, packed.t());            // reads codes; any other operator gets plain values
 ///
 /// Opened by the first packed tensor (never at static initialisation): a boxed fallback and a few
-/// kernels are registered on LibTorch's TESTING_ONLY_GenericWrapper key, once in a process. What leads
-/// there is a template, so that a program without packed parameters does not compile the wrappers.
+/// kernels are registered on LibTorch's TESTING_ONLY_GenericWrapper key, once in a process. What
+/// leads there is a template: a program without packed parameters does not compile the wrappers.
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <fourfold/torch/parameters_fallback.hpp>
 #include <fourfold/torch/parameters_kernels.hpp>

@@ -22,8 +22,8 @@ inline void require_gradient_of(const at::Tensor& packed, bool requires_grad) {
   packed.set_requires_grad(false);
 }
 
-/// Moving a module keeps its factors: they are what an optimizer holds. `moved` is a copy of `packed`
-/// that nobody else has.
+/// Moving a module keeps its factors: they are what an optimizer holds. `moved` is a copy of
+/// `packed` that nobody else has.
 inline void keep_factors(const at::Tensor& packed, const at::Tensor& moved) {
   PackedHolder* const from = packed_holder(packed);
   PackedHolder* const to = packed_holder(moved);

@@ -84,9 +84,9 @@ inline at::Tensor batch_product(const at::Tensor& x, const std::shared_ptr<const
         const at::Tensor out =
             at::empty({plain.size(0), plain.size(1), transposed ? rows : columns}, plain.options());
         for (std::int64_t b = 0; b < plain.size(0); ++b)
-          out.select(0, b).copy_(plain_product(
-              plain.select(0, b), PayloadRange(weight, b * rows * columns, {rows, columns}),
-              transposed));
+          out.select(0, b).copy_(
+              plain_product(plain.select(0, b),
+                            PayloadRange(weight, b * rows * columns, {rows, columns}), transposed));
         return out;
       },
       [=](const at::Tensor& gradient) { return batch_product(gradient, weight, !transposed); });

@@ -3,9 +3,9 @@
 /// Matrix products with packed tensors, differentiable in the other operand, any number of times:
 /// x W^T and x W are each other's gradient, so neither needs x, and autograd keeps the payload.
 #include <ATen/ops/matmul.h>
+#include <fourfold/codec/packed_matmul.hpp>
 #include <fourfold/torch/linear_map.hpp>
 #include <fourfold/torch/parameters_range.hpp>
-#include <fourfold/weights/packed_matmul.hpp>
 
 #include <optional>
 

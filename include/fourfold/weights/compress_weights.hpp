@@ -3,7 +3,7 @@
 /// Parameters held packed, in place, in any module.
 ///
 ///   auto packed = fourfold::compress_weights<Int8>(*model);          // AllMatrices
-///   auto packed = fourfold::compress_weights<Nf4>(*model, filter);   // bool filter(name, parameter)
+///   auto packed = fourfold::compress_weights<Nf4>(*model, filter);   // filter(name, parameter)
 ///   fourfold::compress_weights<LowRank<64>>(*model);                 // trained by its factors
 ///   optimizer(fourfold::factors(*model));
 ///   fourfold::decompress(*model);                                    // the one way back
@@ -112,7 +112,8 @@ CompressedWeights compress_parameters(const NamedTensors& parameters, const Para
                   "): ", error.what_without_backtrace(), ". The module was left as it was");
     }
     if (format.factorised)
-      for (at::Tensor factor : payloads.back()->buffers()) factor.set_requires_grad(tie.trainable());
+      for (at::Tensor factor : payloads.back()->buffers())
+        factor.set_requires_grad(tie.trainable());
     done.names.push_back(name);
     done.values += owner.numel();
     done.bytes_before += static_cast<std::int64_t>(owner.nbytes());

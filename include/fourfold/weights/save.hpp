@@ -5,7 +5,7 @@
 ///
 ///   fourfold::save(*model, "model.4f");     // written beside it first, then renamed: never half
 ///   auto again = std::make_shared<MyNet>();
-///   fourfold::load(*again, "model.4f");     // packed where the file is; bit-equal to what was saved
+///   fourfold::load(*again, "model.4f");     // packed where the file is, and bit-equal
 ///
 /// The model that loads has the same names, sizes and dtypes; a parameter of it is plain, or packed
 /// by the same codec. Any difference, a damaged or truncated file and a file of a newer version are

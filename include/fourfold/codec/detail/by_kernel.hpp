@@ -6,7 +6,7 @@
 #include <ATen/ops/empty.h>
 #include <c10/util/Exception.h>
 #include <fourfold/core/random.hpp>
-#include <fourfold/torch/cuda_kernels.hpp>
+#include <fourfold/cuda/run_kernel.hpp>
 
 #include <cstdint>
 #include <mutex>
@@ -37,8 +37,8 @@ inline std::optional<std::vector<at::Tensor>> compress_by_kernel(const FourfoldF
   const auto options = at::TensorOptions(dense.device());
   std::vector<at::Tensor> out{at::empty({codes.numel}, options.dtype(codes.dtype)),
                               at::empty({scales.numel}, options.dtype(scales.dtype))};
-  const auto named = door::kernel_key(key);
-  if (!door::run_kernel(dense, [&](const FourfoldKernels& kernels, FourfoldDtype dtype, void* s) {
+  const auto named = cuda::kernel_key(key);
+  if (!cuda::run_kernel(dense, [&](const FourfoldKernels& kernels, FourfoldDtype dtype, void* s) {
         return kernels.compress(format, out[0].mutable_data_ptr(), out[1].mutable_data_ptr(),
                                 dense.const_data_ptr(), dtype, dense.numel(),
                                 named ? &*named : nullptr, s);
@@ -54,7 +54,7 @@ inline std::optional<at::Tensor> decompress_by_kernel(const FourfoldFormat& form
   if (!codes.is_cuda() || cuda::kernels() == nullptr) return std::nullopt;
   const bool wide = dtype == at::kDouble;
   const at::Tensor out = at::empty(sizes, codes.options().dtype(wide ? at::kFloat : dtype));
-  if (!door::run_kernel(out, [&](const FourfoldKernels& kernels, FourfoldDtype type, void* s) {
+  if (!cuda::run_kernel(out, [&](const FourfoldKernels& kernels, FourfoldDtype type, void* s) {
         return kernels.decompress(format, out.mutable_data_ptr(), type, codes.const_data_ptr(),
                                   scales.const_data_ptr(), out.numel(), s);
       }))

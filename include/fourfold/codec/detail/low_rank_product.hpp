@@ -111,7 +111,7 @@ inline at::Tensor decompress(const at::Tensor& left, const at::Tensor& right, at
                  };
                  type == at::kDouble ? run(std::type_identity<double>{})
                                      : run(std::type_identity<float>{});
-                   });
+               });
   return product.to(dtype).view(sizes);
 }
 

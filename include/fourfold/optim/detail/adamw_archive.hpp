@@ -191,10 +191,9 @@ struct LoadedStates {
     const c10::IValue present = read_value(one, "state");
     TORCH_CHECK(present.isBool(), "'state' of ", where, " is no truth value: the file is damaged");
     if (!present.toBool()) return nullptr;
-    TORCH_CHECK(
-        same_order(sizes, strides, moment_strides(p)),
-        where, " has strides ", p.strides(), ", and in this file ", at::IntArrayRef(strides),
-        "; bring it into the memory format that it was saved in");
+    TORCH_CHECK(same_order(sizes, strides, moment_strides(p)), where, " has strides ", p.strides(),
+                ", and in this file ", at::IntArrayRef(strides),
+                "; bring it into the memory format that it was saved in");
     auto state = std::make_unique<AdamWState<First, Second>>();
     state->sizes = sizes, state->strides = strides;
     state->step = read_int(one, "step");

@@ -13,7 +13,7 @@
 #include <optional>
 #include <utility>
 
-namespace fourfold::door {
+namespace fourfold::cuda {
 
 inline std::optional<FourfoldDtype> kernel_dtype(at::ScalarType dtype) {
   switch (dtype) {
@@ -30,7 +30,7 @@ inline std::optional<FourfoldDtype> kernel_dtype(at::ScalarType dtype) {
 template <class Launch>
 bool run_kernel(at::Device where, const Launch& launch) {
   constexpr int kSuccess = 0, kInvalidValue = 1;  // cudaError_t
-  const FourfoldKernels* const table = where.is_cuda() ? cuda::kernels() : nullptr;
+  const FourfoldKernels* const table = where.is_cuda() ? kernels() : nullptr;
   if (table == nullptr) return false;
   const c10::DeviceGuard guard(where);
   const c10::impl::VirtualGuardImpl device(where.type());
@@ -55,4 +55,4 @@ inline std::optional<FourfoldKey> kernel_key(const std::optional<Key>& key) {
   return FourfoldKey{key->seed, key->step, key->forward, key->storage};
 }
 
-}  // namespace fourfold::door
+}  // namespace fourfold::cuda

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include <fourfold/weights/packed_matmul.hpp>
+#include <fourfold/codec/packed_matmul.hpp>
 // what is tested comes first
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>

@@ -4,9 +4,9 @@
 /// by: (ceil(free / 32), depth, 32), where "free" is the dimension that the result keeps and
 /// "depth" the one that is summed over. Panels that reach beyond the rectangle are filled up with
 /// zeros.
+#include <fourfold/codec/detail/packed_matmul_gemm.hpp>
 #include <fourfold/core/isa.hpp>
 #include <fourfold/core/payload.hpp>
-#include <fourfold/weights/detail/packed_matmul_gemm.hpp>
 
 #include <algorithm>
 #include <cstdint>

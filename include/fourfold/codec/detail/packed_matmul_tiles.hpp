@@ -5,11 +5,11 @@
 /// alone, so results do not depend on how many threads there are.
 #include <ATen/ops/empty.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
+#include <fourfold/codec/detail/packed_matmul_gemm.hpp>
+#include <fourfold/codec/detail/packed_matmul_pack.hpp>
 #include <fourfold/core/isa.hpp>
 #include <fourfold/core/parallel.hpp>
 #include <fourfold/core/payload.hpp>
-#include <fourfold/weights/detail/packed_matmul_gemm.hpp>
-#include <fourfold/weights/detail/packed_matmul_pack.hpp>
 
 #include <algorithm>
 #include <cstdint>

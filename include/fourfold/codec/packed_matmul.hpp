@@ -12,11 +12,11 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/matmul.h>
 #include <ATen/ops/zeros.h>
+#include <fourfold/codec/detail/packed_matmul_rows.hpp>
+#include <fourfold/codec/detail/packed_matmul_tiles.hpp>
 #include <fourfold/core/isa.hpp>
 #include <fourfold/core/payload.hpp>
-#include <fourfold/torch/cuda_kernels.hpp>
-#include <fourfold/weights/detail/packed_matmul_rows.hpp>
-#include <fourfold/weights/detail/packed_matmul_tiles.hpp>
+#include <fourfold/cuda/run_kernel.hpp>
 
 #include <optional>
 #include <string>
@@ -47,7 +47,7 @@ inline constexpr std::int64_t kFewRowsOfFactors = 16;
 inline bool multiply_factors_by_kernel(const at::Tensor& matrix, const at::Tensor& left,
                                        const at::Tensor& right, const at::Tensor& out) {
   const at::Tensor u = left.contiguous(), v = right.contiguous();
-  return door::run_kernel(
+  return cuda::run_kernel(
       matrix, [&](const FourfoldKernels& kernels, FourfoldDtype dtype, void* stream) {
         return kernels.factor_matmul(out.mutable_data_ptr(), matrix.const_data_ptr(),
                                      u.const_data_ptr(), v.const_data_ptr(), dtype, matrix.size(0),
@@ -63,7 +63,7 @@ inline bool multiply_by_kernel(const at::Tensor& matrix, const Payload& weight, 
   // A range of a larger payload has that one's buffers: its codes do not begin with the first byte.
   if (!format || weight.buffers()[0].numel() != ceil_div(sizes[0] * sizes[1] * format->bits, 8))
     return false;
-  return door::run_kernel(
+  return cuda::run_kernel(
       matrix, [&](const FourfoldKernels& kernels, FourfoldDtype dtype, void* stream) {
         return kernels.matmul(*format, /*transposed=*/!transposed, out.mutable_data_ptr(),
                               matrix.const_data_ptr(), dtype, weight.buffers()[0].const_data_ptr(),

@@ -3,12 +3,12 @@
 /// The packed product for few rows of x: four rows of the weight are decoded into first-level cache
 /// and used from there at once, without the panels that many rows pay for. Reading codes, not
 /// arithmetic, is what takes time here.
+#include <fourfold/codec/detail/packed_matmul_codes.hpp>
+#include <fourfold/codec/detail/packed_matmul_gemm.hpp>
+#include <fourfold/codec/detail/packed_matmul_pack.hpp>
 #include <fourfold/core/isa.hpp>
 #include <fourfold/core/parallel.hpp>
 #include <fourfold/core/payload.hpp>
-#include <fourfold/weights/detail/packed_matmul_codes.hpp>
-#include <fourfold/weights/detail/packed_matmul_gemm.hpp>
-#include <fourfold/weights/detail/packed_matmul_pack.hpp>
 
 #include <algorithm>
 #include <array>
