@@ -7,6 +7,7 @@
 #include <torch/csrc/autograd/engine.h>
 #include <torch/csrc/autograd/functions/basic_ops.h>
 #include <torch/csrc/autograd/graph_task.h>
+#include <fourfold/torch/node.hpp>
 
 #include <cstdint>
 #include <functional>
@@ -35,7 +36,7 @@ inline at::Tensor with_gradient(const at::Tensor& tensor, bool leaf) {
     result = tensor.detach();
   }
   if (leaf) return result.requires_grad_(true);
-  const auto node = std::make_shared<torch::autograd::Identity>();
+  const NodePtr node = make_node<torch::autograd::Identity>();
   node->add_next_edge(torch::autograd::Edge());  // its gradient goes nowhere
   torch::autograd::create_gradient_edge(result, node);
   return result;

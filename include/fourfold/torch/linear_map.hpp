@@ -5,11 +5,10 @@
 /// torch::autograd::Function costs each translation unit some 80 ms for each function.
 #include <ATen/core/grad_mode.h>
 #include <c10/util/FunctionRef.h>
-#include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/utils.h>
+#include <fourfold/torch/node.hpp>
 
 #include <functional>
-#include <memory>
 #include <string>
 #include <utility>
 
@@ -20,7 +19,7 @@ using Adjoint = std::function<at::Tensor(const at::Tensor& gradient)>;
 
 namespace detail {
 
-class LinearMapBackward final : public ::torch::autograd::Node {
+class LinearMapBackward final : public Node {
  public:
   LinearMapBackward(const char* name, Adjoint adjoint)
       : name_(name), adjoint_(std::move(adjoint)) {}
@@ -46,8 +45,7 @@ inline at::Tensor linear_map(const char* name, const at::Tensor& x,
                               " has no forward-mode derivative; use backward, or "
                               "fourfold::decompress(module) first");
   if (!at::GradMode::is_enabled() || !x.requires_grad()) return map(x);
-  const std::shared_ptr<::torch::autograd::Node> node(
-      new detail::LinearMapBackward(name, std::move(adjoint)), ::torch::autograd::deleteNode);
+  const NodePtr node = make_node<detail::LinearMapBackward>(name, std::move(adjoint));
   node->set_next_edges(::torch::autograd::collect_next_edges(x));
   at::Tensor y;
   {

@@ -4,6 +4,7 @@
 /// These stand in front of LibTorch's own: requires_grad_(true) on a packed tensor is refused, and
 /// a parameter that set_data makes packed (Module::clone) becomes frozen. Everything else passes.
 #include <ATen/core/VariableHooksInterface.h>
+#include <fourfold/torch/node.hpp>
 #include <fourfold/torch/parameters_dense.hpp>
 
 #include <functional>
@@ -59,9 +60,7 @@ class FrozenHooks : public Interface {
   at::TensorBase variable_data(const at::TensorBase& self) const {
     return next_->variable_data(self);
   }
-  const std::shared_ptr<::torch::autograd::Node>& grad_fn(const at::TensorBase& self) const {
-    return next_->grad_fn(self);
-  }
+  const NodePtr& grad_fn(const at::TensorBase& self) const { return next_->grad_fn(self); }
   unsigned _register_hook(const at::TensorBase& self,
                           std::function<at::TensorBase(const at::TensorBase&)> hook) const {
     return next_->_register_hook(self, std::move(hook));

@@ -15,6 +15,7 @@
 #include <torch/csrc/autograd/graph_task.h>
 #include <torch/csrc/autograd/saved_variable_hooks.h>
 #include <torch/csrc/autograd/variable.h>
+#include <fourfold/torch/node.hpp>
 
 #include <algorithm>
 #include <atomic>
@@ -81,7 +82,7 @@ class VersionCheck {
     counter_ = torch::autograd::impl::version_counter(tensor);
     expected_ = counter_.current_version();
     if (!tensor.requires_grad() || tensor.is_leaf()) return;
-    producer_ = tensor.grad_fn();
+    producer_ = WeakNodePtr(tensor.grad_fn());
     output_nr_ = static_cast<std::uint32_t>(tensor.output_nr());
   }
 
@@ -110,7 +111,7 @@ class VersionCheck {
   c10::VariableVersion counter_;  // disabled: nothing to check
   std::uint32_t expected_ = 0;
   std::uint32_t output_nr_ = 0;
-  std::weak_ptr<torch::autograd::Node> producer_;
+  WeakNodePtr producer_{NodePtr()};
   at::TensorOptions options_;
   std::optional<std::vector<std::int64_t>> sizes_;  // none: nested
 };
