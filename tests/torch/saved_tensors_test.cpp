@@ -499,7 +499,9 @@ TEST(SavedTensorsEngine, IsTheDefaultEngineOnceInstalled) {
 TEST(SavedTensorsEngine, RefusesAnotherAbiNamingBoth) {
   door::detail::saved_tensors_engine();
   EXPECT_THAT(message_of([] { door::detail::installed_saved_tensors_engine<99>(); }),
-              HasSubstr("saved tensors have door ABI 1 where installed and 99 here"));
+              HasSubstr("saved tensors have door ABI " +
+                        std::to_string(door::detail::SavedTensorsEngine::kAbi) +
+                        " where installed and 99 here"));
 }
 
 struct ForeignEngine : torch::autograd::Engine {

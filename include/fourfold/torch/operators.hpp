@@ -21,6 +21,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <memory>
 #include <mutex>
 #include <thread>
 
@@ -53,7 +54,7 @@ struct OpenObserver {
 };
 
 struct [[gnu::visibility("default")]] OperatorsState {
-  static constexpr std::uint32_t kAbi = 1;
+  static constexpr std::uint32_t kAbi = 2;
   static constexpr const char* kName = "operators";
   /// The thread's innermost scope: through a pointer, so that every library uses the same variable.
   OpenObserver*& (*innermost)() = []() -> OpenObserver*& {
@@ -61,7 +62,7 @@ struct [[gnu::visibility("default")]] OperatorsState {
     return top;
   };
   std::mutex mutex;
-  bool registered = false;
+  std::shared_ptr<void> registration;  ///< of the fallback; it lives with the process
 };
 
 inline OpenObserver* innermost_observer(OperatorsState& state) {
@@ -99,7 +100,7 @@ inline void observe(const c10::OperatorHandle& op, c10::DispatchKeySet keys, c10
 
 inline void register_operators_fallback(OperatorsState& state) {
   const std::lock_guard lock(state.mutex);
-  if (state.registered) return;
+  if (state.registration != nullptr) return;
   c10::Dispatcher& dispatcher = c10::Dispatcher::singleton();
   TORCH_CHECK(!dispatcher.hasBackendFallbackForDispatchKey(kOperatorsKey),
               "fourfold: cannot see the operators of a forward, since a fallback for the dispatch "
@@ -108,10 +109,8 @@ inline void register_operators_fallback(OperatorsState& state) {
               " is registered in this process already: by something else, or by another copy of "
               "fourfold that the loader keeps apart (RTLD_LOCAL); LibTorch has room for one. Load "
               "both with RTLD_GLOBAL, or use one");
-  // Leaked: other libraries count on it when this one is unloaded.
-  new c10::RegistrationHandleRAII(dispatcher.registerFallback(
+  state.registration = std::make_shared<c10::RegistrationHandleRAII>(dispatcher.registerFallback(
       kOperatorsKey, c10::KernelFunction::makeFromBoxedFunction<&observe>(), "fourfold operators"));
-  state.registered = true;
 }
 
 }  // namespace detail

@@ -18,11 +18,11 @@ namespace detail {
 
 template <class Kernel>
 void register_packed_kernel(const char* name, const char* overload, Kernel kernel) {
-  // The handle would deregister when destroyed; kernels live as long as the process.
-  static_cast<void>(new c10::RegistrationHandleRAII(c10::Dispatcher::singleton().registerImpl(
-      {name, overload}, kPackedKey, c10::KernelFunction::makeFromUnboxedRuntimeFunction(kernel),
-      c10::impl::CppSignature::make<Kernel>(), /*inferred_function_schema=*/nullptr,
-      "fourfold/torch/parameters.hpp")));
+  parameters_state().registrations.push_back(
+      std::make_shared<c10::RegistrationHandleRAII>(c10::Dispatcher::singleton().registerImpl(
+          {name, overload}, kPackedKey, c10::KernelFunction::makeFromUnboxedRuntimeFunction(kernel),
+          c10::impl::CppSignature::make<Kernel>(), /*inferred_function_schema=*/nullptr,
+          "fourfold/torch/parameters.hpp")));
 }
 
 template <class = void>
@@ -34,9 +34,10 @@ void register_packed_kernels() {
               ", but something else of this program has one there already: another fourfold whose "
               "state is not shared with this one (built with another compiler or layout, or loaded "
               "with RTLD_LOCAL), or a test of LibTorch's. Keep one of the two");
-  static_cast<void>(new c10::RegistrationHandleRAII(dispatcher.registerFallback(
-      kPackedKey, c10::KernelFunction::makeFromBoxedFunction<&packed_fallback>(),
-      "fourfold/torch/parameters.hpp")));
+  parameters_state().registrations.push_back(
+      std::make_shared<c10::RegistrationHandleRAII>(dispatcher.registerFallback(
+          kPackedKey, c10::KernelFunction::makeFromBoxedFunction<&packed_fallback>(),
+          "fourfold/torch/parameters.hpp")));
   register_packed_kernel("aten::mm", "", &mm);
   register_packed_kernel("aten::mv", "", &mv);
   register_packed_kernel("aten::addmm", "", &addmm);

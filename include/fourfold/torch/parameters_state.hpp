@@ -17,6 +17,7 @@
 #include <mutex>
 #include <unordered_map>
 #include <utility>
+#include <vector>
 
 namespace fourfold::door {
 
@@ -55,12 +56,13 @@ struct DenseRecord {
 
 /// One in a process (door_state.hpp).
 struct [[gnu::visibility("default")]] ParametersState {
-  static constexpr std::uint32_t kAbi = 2;
+  static constexpr std::uint32_t kAbi = 3;
   static constexpr const char* kName = "packed parameters";
   /// Marks storages that are ours: the same function's address in every library.
   void (*delete_holder)(void*) = [](void* holder) { delete static_cast<PackedHolder*>(holder); };
   std::atomic<bool> open{false};
   std::mutex opening;
+  std::vector<std::shared_ptr<void>> registrations;  ///< of kernels; they live with the process
   std::mutex dense_mutex;
   std::unordered_map<const void*, DenseRecord> dense;
   std::size_t sweep_at = 64;  ///< forget dead records when there are so many
