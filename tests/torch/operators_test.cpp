@@ -189,6 +189,7 @@ TEST(DoorState, AnotherAbiIsRefusedNamingBoth) {
   EXPECT_THAT(error, HasSubstr("the test door of this process was opened by a part of the program "
                                "with ABI 1, and this part was built with ABI 2"));
   EXPECT_EQ(door::state_in<StateOfTwoVersions>(slot).value, 7);
+  delete static_cast<StateOfTwoVersions*>(slot.state);
 }
 
 }  // namespace
