@@ -1,10 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "unit.hpp"
 
+#include <memory>
+
 double unit_b() { return loss_after_a_step<fourfold::Exact>(); }
 
-/// This unit's own door sees the codes, and an operator reads them.
-bool read_by_b(const at::Tensor* packed) {
+/// This unit's own door sees the codes, and an operator reads them. Takes `packed`.
+bool read_by_b(at::Tensor* packed) {
+  const std::unique_ptr<at::Tensor> owned(packed);
   if (!fourfold::door::is_packed(*packed)) return false;
   at::manual_seed(0);
   const torch::nn::Linear plain(torch::nn::LinearOptions(64, 256).bias(false));

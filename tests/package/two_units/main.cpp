@@ -11,13 +11,13 @@ class Tensor;
 }
 using Unit = double (*)();
 using Packed = at::Tensor* (*)();
-using Reader = bool (*)(const at::Tensor*);
+using Reader = bool (*)(at::Tensor*);
 
 #ifdef UNITS_LINKED
 extern "C" double unit_a();
 extern "C" double unit_b();
 extern "C" at::Tensor* packed_by_a();
-extern "C" bool read_by_b(const at::Tensor*);
+extern "C" bool read_by_b(at::Tensor*);
 #endif
 
 template <class Function>

@@ -38,4 +38,4 @@ extern "C" [[gnu::visibility("default")]] double unit_b();
 
 /// Codes that one unit packs and the other reads.
 extern "C" [[gnu::visibility("default")]] at::Tensor* packed_by_a();
-extern "C" [[gnu::visibility("default")]] bool read_by_b(const at::Tensor* packed);
+extern "C" [[gnu::visibility("default")]] bool read_by_b(at::Tensor* packed);
