@@ -158,6 +158,10 @@ class CompressionPipeline {
     state_->store->keep_storages(weights);
   }
 
+  /// A handle: copies are the same pipeline, and so is what a move leaves behind.
+  CompressionPipeline(const CompressionPipeline&) = default;
+  CompressionPipeline& operator=(const CompressionPipeline&) = default;
+
   /// What `run` returns, run within the scope.
   template <class F>
   decltype(auto) forward(F&& run) {
@@ -184,7 +188,8 @@ class CompressionPipeline {
   [[nodiscard]] Ledger report() const {
     Ledger ledger = state_->meter.ledger();
     ledger.saved_bytes = state_->store->held_bytes().peak;
-    ledger.saved_plain_bytes = state_->store->plain_bytes().peak;
+    if constexpr (!kHas<Role::kBlocks>)  // what a block drops is not seen again as it was
+      ledger.saved_plain_bytes = state_->store->plain_bytes().peak;
     if (!state_->weights.names.empty()) {
       std::ostringstream note;
       note << "weights: " << state_->weights.names.size() << " parameters packed, "
@@ -199,6 +204,8 @@ class CompressionPipeline {
 
   /// Why nothing was saved, if nothing was; else empty.
   [[nodiscard]] std::string explain() const {
+    if constexpr (!kHas<Role::kActivations> && !kHas<Role::kRecompute> && !kHas<Role::kBlocks>)
+      return {};  // nothing here is a scope's work
     if (state_->scopes == 0)
       return "no forward ran inside the pipeline's scope: call pipeline.forward([&] { ... }), or "
              "hold "

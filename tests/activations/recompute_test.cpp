@@ -164,6 +164,27 @@ TEST(Recompute, ABatchNormUpdatesItsStatisticsOnce) {
   EXPECT_GT(store->counts().recomputed, 0);
 }
 
+// relu asks one bit a value of its result, which the next convolution gets from what norm saved.
+TEST(Recompute, ConvolutionNormAndReluSaveWhatTheConvolutionMade) {
+  const auto store = ActivationStore::make(recompute());
+  torch::manual_seed(0);
+  nn::Conv2d first(nn::Conv2dOptions(8, 16, 3)), second(nn::Conv2dOptions(16, 4, 3));
+  nn::BatchNorm2d norm(16);
+  const auto x = torch::randn({8, 8, 32, 32});
+  const auto run = [&] { return second(torch::relu(norm(first(x)))).square().sum(); };
+  run().backward();
+  std::vector<torch::Tensor> plain;
+  for (const auto& p : {first->weight, norm->weight, second->weight}) {
+    plain.push_back(p.grad().clone());
+    p.mutable_grad().reset();
+  }
+  within(store, run).backward();
+  EXPECT_TRUE(torch::equal(first->weight.grad(), plain[0]));
+  EXPECT_TRUE(torch::equal(norm->weight.grad(), plain[1]));
+  EXPECT_TRUE(torch::equal(second->weight.grad(), plain[2]));
+  EXPECT_LT(store->held_bytes().peak, 0.7 * static_cast<double>(store->plain_bytes().peak));
+}
+
 // A list of the user's that names an operator of random numbers does not make it run again.
 TEST(Recompute, WhatDrawsRandomNumbersIsNotRunAgain) {
   auto options = recompute();

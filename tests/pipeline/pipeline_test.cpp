@@ -177,6 +177,19 @@ TEST(Pipeline, TakesAModelInEveryFormAndOutlivesIt) {
               testing::ThrowsMessage<c10::Error>(HasSubstr("the module has no parameters")));
 }
 
+TEST(Pipeline, IsAHandleThatMayBeCopiedAndMoved) {
+  torch::nn::Linear layer(8, 8);
+  Balanced first(layer);
+  Balanced second(std::move(first));
+  EXPECT_EQ(first.forward([] { return 3; }), 3);  // NOLINT: a move copies
+  EXPECT_EQ(second.parameters().size(), first.parameters().size());
+}
+
+TEST(Pipeline, WithoutWorkForAScopeThereIsNothingToExplain) {
+  torch::nn::Linear layer(8, 8);
+  EXPECT_EQ(CompressionPipeline<OptimizerStates<Int8>>(layer).explain(), "");
+}
+
 TEST(Pipeline, PoliciesAreFoundInAnyOrder) {
   using Turned = CompressionPipeline<OptimizerStates<Int8>, Recompute<CheapOps>, Activations<Int4>>;
   expect_equal(train<Turned>(pipeline_models::linear, 5), train<Balanced>(pipeline_models::linear, 5),

@@ -339,15 +339,19 @@ TEST(BlockArenaRules, SplitsAndJoinsWhatItKeeps) {
 
 TEST(BlockArenaRules, TakesTheTightestFit) {
   BlockArena arena;
-  std::array<char*, 5> blocks{};
-  for (std::size_t i = 0; i < blocks.size(); ++i)
-    blocks[i] = static_cast<char*>(arena.take((i + 1) * kMiB));
-  arena.give(blocks[4], 5 * kMiB);
-  arena.give(blocks[2], 3 * kMiB);
-  EXPECT_EQ(arena.take(3 * kMiB), blocks[2]);
-  arena.give(blocks[2], 3 * kMiB);
-  arena.give(blocks[0], kMiB), arena.give(blocks[1], 2 * kMiB), arena.give(blocks[3], 4 * kMiB);
-  EXPECT_EQ(arena.kept(), 15 * kMiB);
+  // Cut from one range, so that what lies between them is known: wherever the system maps a block of
+  // its own, it may touch another.
+  char* const whole = static_cast<char*>(arena.take(10 * kMiB));
+  arena.give(whole, 10 * kMiB);
+  char* const wide = static_cast<char*>(arena.take(5 * kMiB));
+  char* const between = static_cast<char*>(arena.take(1 * kMiB));
+  char* const tight = static_cast<char*>(arena.take(3 * kMiB));
+  char* const last = static_cast<char*>(arena.take(1 * kMiB));
+  arena.give(wide, 5 * kMiB);
+  arena.give(tight, 3 * kMiB);
+  EXPECT_EQ(arena.take(3 * kMiB), tight);
+  arena.give(tight, 3 * kMiB), arena.give(between, kMiB), arena.give(last, kMiB);
+  EXPECT_EQ(arena.kept(), 10 * kMiB);
   arena.release();
 }
 

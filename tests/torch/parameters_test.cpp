@@ -567,7 +567,7 @@ TEST_F(ParametersDoor, SetDataReplacesIt) {
 
 TEST_F(ParametersDoor, RequiresGradIsRefused) {
   const at::Tensor w = packed({4, 6});
-  const auto wanted = AllOf(HasSubstr("Int8"), HasSubstr("frozen"), HasSubstr("Adapted"),
+  const auto wanted = AllOf(HasSubstr("Int8"), HasSubstr("frozen"),
                             HasSubstr("LowRank"), HasSubstr("decompress"));
   EXPECT_THAT(words_of([&] { w.requires_grad_(true); }), wanted);
   EXPECT_FALSE(w.requires_grad());

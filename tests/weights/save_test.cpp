@@ -267,6 +267,15 @@ TEST_F(SaveAndLoad, WritesAFileWholeOrNotAtAll) {
               AllOf(HasSubstr("cannot open"), HasSubstr("missing.4f")));
   EXPECT_THAT(message_of([&] { save(model, folder); }), HasSubstr("fourfold::save"));
   EXPECT_FALSE(std::filesystem::exists(folder.string() + ".partial"));
+  // A link stays one; a file of the user's with a name like ours is not touched.
+  std::filesystem::create_symlink(path, folder / "link");
+  std::ofstream(path.string() + ".partial") << "mine";
+  save(model, (folder / "link").string());
+  EXPECT_TRUE(std::filesystem::is_symlink(folder / "link"));
+  EXPECT_EQ(std::filesystem::file_size(path.string() + ".partial"), 4);
+  load(model, path.string());
+  std::ofstream(path, std::ios::app) << "more";
+  EXPECT_THAT(message_of([&] { load(model, path.string()); }), HasSubstr("goes on after its last"));
   std::filesystem::remove_all(folder);
 }
 

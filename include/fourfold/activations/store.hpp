@@ -20,8 +20,8 @@
 ///     `min_numel` values or `min_bytes`); a constant from outside of the scope; statistics (an
 ///     eighth of its operator's largest argument or less); what `keep` says;
 ///  3. held by what holds its storage already;
-///  4. held exactly in one bit a value: dropout's noise and boolean masks; with `pack`, what the
-///     backward of relu and leaky_relu asks of it;
+///  4. held exactly in one bit a value: dropout's noise and boolean masks, and what the backward of
+///     relu and leaky_relu asks of it;
 ///  5. not held, but computed again from what is held anyway (`recompute`);
 ///  6. packed, rounded stochastically: softmax results and inputs of checkpoints by
 ///     `pack_sensitive`, the rest by `pack`.
@@ -299,12 +299,15 @@ inline ActivationStore::Stored ActivationStore::choose(const at::Tensor& tensor,
             detail::rebuild(*tape, *origin, tensor._version(), options_.recompute_depth))
       return stored;
   const at::ScalarType dtype = tensor.scalar_type();
-  if (pack == nullptr || (dtype != at::kFloat && dtype != at::kBFloat16 && dtype != at::kHalf))
-    return nullptr;
+  if (dtype != at::kFloat && dtype != at::kBFloat16 && dtype != at::kHalf) return nullptr;
   const detail::Tape::Frame* frame = tape ? tape->frame() : nullptr;
-  if (frame != nullptr && (frame->traits->reads_nonzero || frame->traits->reads_positive))
-    if (Stored stored = sign(tensor, extent, frame->traits->reads_positive)) return stored;
   const bool result = frame != nullptr && frame->argument(key) == nullptr;
+  const bool reads_sign =
+      frame != nullptr && (frame->traits->reads_nonzero || frame->traits->reads_positive);
+  // Without a codec only where the values themselves, a relu's result, can be computed again.
+  if (reads_sign && (pack != nullptr || (result && frame->traits->cheap)))
+    if (Stored stored = sign(tensor, extent, frame->traits->reads_positive)) return stored;
+  if (pack == nullptr) return nullptr;
   if (result && frame->traits->sensitive)
     return options_.pack_sensitive ? packed(tensor, extent, options_.pack_sensitive, tape)
                                    : nullptr;

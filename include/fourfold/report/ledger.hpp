@@ -29,7 +29,7 @@ struct Ledger {
   PeakBytes bytes;  ///< all CPU tensors
   std::array<PlaceBytes, kPlaces> places{};
   std::int64_t saved_bytes = 0;          ///< what was held for backward, at most at once
-  std::int64_t saved_plain_bytes = 0;    ///< what plain autograd would have held
+  std::int64_t saved_plain_bytes = 0;    ///< what plain autograd would have held; 0: not known
   std::int64_t resident_bytes = 0;       ///< of the process, VmRSS; 0 where the system does not say
   std::int64_t resident_peak_bytes = 0;  ///< VmHWM: what libraries take past the allocator included
   std::vector<PeakBytes> cuda;           ///< the caching allocator's own count, by device
@@ -102,8 +102,10 @@ inline std::ostream& operator<<(std::ostream& out, const Ledger& ledger) {
                {mib(ledger.cuda[i].current), mib(ledger.cuda[i].peak)});
   ledger_row(out, "process, resident",
              {mib(ledger.resident_bytes), mib(ledger.resident_peak_bytes)});
-  out << "saved for backward: " << mib(ledger.saved_bytes) << " MiB where plain autograd holds "
-      << mib(ledger.saved_plain_bytes) << " MiB\n";
+  out << "saved for backward: " << mib(ledger.saved_bytes) << " MiB";
+  if (ledger.saved_plain_bytes > 0)
+    out << " where plain autograd holds " << mib(ledger.saved_plain_bytes) << " MiB";
+  out << '\n';
   for (const std::string& note : ledger.notes) out << "note: " << note << '\n';
   return out;
 }

@@ -18,9 +18,8 @@ namespace fourfold::door {
   TORCH_CHECK(
       false, "requires_grad was turned on for a packed parameter (", payload.codec(), ", sizes ",
       packed.sizes(),
-      "), which is frozen: no gradient would ever reach it. Leave it off, train beside it "
-      "with Weights<Adapted<...>> or in its place with Weights<LowRank<R>>, or make it plain "
-      "again with fourfold::decompress(module)");
+      "), which is frozen: no gradient would ever reach it. Leave it off, train its factors in its "
+      "place with Weights<LowRank<R>>, or make it plain again with fourfold::decompress(module)");
 }
 
 /// A packed tensor takes no gradient. Where requires_grad was turned on past requires_grad_ (by

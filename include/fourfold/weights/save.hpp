@@ -16,13 +16,16 @@
 #include <fourfold/weights/load_model.hpp>
 #include <fourfold/weights/saved_model.hpp>
 
+#include <atomic>
 #include <cerrno>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <fstream>
 #include <string>
 #if defined(__unix__) || defined(__APPLE__)
 #include <fcntl.h>
+#include <sys/stat.h>
 #include <unistd.h>
 #endif
 
@@ -50,11 +53,33 @@ inline void flush_to_disk(const std::string& path) {
 #endif
 }
 
+/// Where the bytes go: beside the file, under a name that nobody else has, until they are complete.
+/// A link stays a link; a device or a pipe is written to as it is.
+struct SaveTarget {
+  explicit SaveTarget(const std::string& path) : file(path) {
+    static std::atomic<unsigned> saves{0};
+    beside = ".partial." + std::to_string(saves.fetch_add(1));
+#if defined(__unix__) || defined(__APPLE__)
+    if (char* const resolved = ::realpath(path.c_str(), nullptr)) {
+      file = resolved;
+      std::free(resolved);
+    }
+    struct stat status {};
+    const bool special = ::stat(file.c_str(), &status) == 0 && !S_ISREG(status.st_mode);
+    beside = special ? file : file + "." + std::to_string(::getpid()) + beside;
+#else
+    beside = file + beside;
+#endif
+  }
+  std::string file, beside;
+};
+
 }  // namespace detail
 
 template <ModuleLike M>
 void save(M&& model, const std::string& path) {
-  const std::string beside = path + ".partial";
+  const detail::SaveTarget target(path);
+  const std::string& beside = target.beside;
   try {
     std::ofstream out(beside, std::ios::binary | std::ios::trunc);
     TORCH_CHECK(out.is_open(), "fourfold::save cannot write ", beside,
@@ -64,11 +89,12 @@ void save(M&& model, const std::string& path) {
     TORCH_CHECK(!out.fail(), "fourfold::save could not write all of ", beside,
                 "; is the disk full?");
     detail::flush_to_disk(beside);
-    TORCH_CHECK(std::rename(beside.c_str(), path.c_str()) == 0,
-                "fourfold::save could not put the file in place, from ", beside, " to ", path, ": ",
-                std::strerror(errno));
+    TORCH_CHECK(beside == target.file || std::rename(beside.c_str(), target.file.c_str()) == 0,
+                "fourfold::save could not put the file in place, from ", beside, " to ",
+                target.file, ": ", std::strerror(errno),
+                "; is the folder still there, and may it be written?");
   } catch (...) {
-    std::remove(beside.c_str());
+    if (beside != target.file) std::remove(beside.c_str());
     throw;
   }
 }
@@ -86,7 +112,13 @@ void load(M&& model, const std::string& path) {
   std::ifstream in(path, std::ios::binary);
   TORCH_CHECK(in.is_open(), "fourfold::load cannot open ", path,
               "; does it exist, and may it be read?");
-  load<More...>(model, in, "fourfold::load: " + path);
+  const std::string what = "fourfold::load: " + path;
+  const detail::SavedModel saved = detail::read_model(in, what);
+  TORCH_CHECK(in.peek() == std::ifstream::traits_type::eof(), what,
+              " goes on after its last byte: the file is damaged; save the model again");
+  register_codecs<Int8, Int4, Nf4, More...>();
+  detail::load_model(parameters_of(model, "fourfold::load"), buffers_of(model, "fourfold::load"),
+                     saved, what);
 }
 
 }  // namespace fourfold::inline v0
