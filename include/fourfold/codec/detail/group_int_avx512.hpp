@@ -95,8 +95,9 @@ FOURFOLD_AVX512 inline Random64 random64(const PhiloxRounds& rounds, std::uint64
     const __m512i a = _mm512_mul_epu32(m0, c0), b = _mm512_mul_epu32(m1, c2);
     const __m512i k0 = _mm512_set1_epi64(rounds.key0[round]);
     const __m512i k1 = _mm512_set1_epi64(rounds.key1[round]);
-    c0 = _mm512_ternarylogic_epi64(_mm512_srli_epi64(b, 32), c1, k0, 0x96);  // 0x96: x ^ y ^ z
-    c2 = _mm512_ternarylogic_epi64(_mm512_srli_epi64(a, 32), c3, k1, 0x96);
+    // Upper halves by a shuffle: shifts would wait for the port that multiplies. 0x96: x ^ y ^ z.
+    c0 = _mm512_ternarylogic_epi64(_mm512_shuffle_epi32(b, _MM_PERM_DDBB), c1, k0, 0x96);
+    c2 = _mm512_ternarylogic_epi64(_mm512_shuffle_epi32(a, _MM_PERM_DDBB), c3, k1, 0x96);
     c1 = b, c3 = a;
   }
   const __m512i c01 = _mm512_mask_shuffle_epi32(c0, 0xAAAA, c1, _MM_PERM_CCAA);
@@ -140,37 +141,47 @@ FOURFOLD_AVX512 inline void store_codes(int bits, std::uint8_t* out, __m512i cod
   }
 }
 
+/// 64 codes, one a byte, of the values that the masks name. `block` is the stream's.
+template <class T>
+FOURFOLD_AVX512 [[gnu::always_inline]] inline __m512i encode_64(const Encoder& e, const T* values,
+                                                                __mmask16 m0, __mmask16 m1,
+                                                                __mmask16 m2, __mmask16 m3,
+                                                                const PhiloxRounds* rounds,
+                                                                std::uint64_t block) {
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  __m512i q0 = steps(e, load(values, m0)), q1 = steps(e, load(values + 16, m1));
+  __m512i q2 = steps(e, load(values + 32, m2)), q3 = steps(e, load(values + 48, m3));
+  if (rounds != nullptr) {
+    const Random64 random = random64(*rounds, block);
+    q0 = _mm512_srli_epi32(_mm512_add_epi32(q0, random.word0), 16);
+    q1 = _mm512_srli_epi32(_mm512_add_epi32(q1, random.word1), 16);
+    q2 = _mm512_srli_epi32(_mm512_add_epi32(q2, random.word2), 16);
+    q3 = _mm512_srli_epi32(_mm512_add_epi32(q3, random.word3), 16);
+  }
+  const __m512i bytes =
+      _mm512_packus_epi16(_mm512_packus_epi32(q0, q1), _mm512_packus_epi32(q2, q3));
+  return _mm512_permutexvar_epi32(order, bytes);
+}
+
 /// Codes of `count` values of one group, whose first has the index `first` (a multiple of 8).
 template <class T>
 FOURFOLD_AVX512 inline void encode_group(IntFormat f, std::uint32_t word, const T* values,
                                          std::int64_t count, const PhiloxRounds* rounds,
                                          std::int64_t first, std::uint8_t* codes) {
   const Encoder e = broadcast(group_encoder(f, word, rounds != nullptr));
-  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-  for (std::int64_t i = 0; i < count; i += 64) {
-    const std::int64_t left = count - i;
-    __m512i q0 = steps(e, load(values + i, lanes(left)));
-    __m512i q1 = steps(e, load(values + i + 16, lanes(left - 16)));
-    __m512i q2 = steps(e, load(values + i + 32, lanes(left - 32)));
-    __m512i q3 = steps(e, load(values + i + 48, lanes(left - 48)));
-    if (rounds != nullptr) {
-      const Random64 random = random64(*rounds, static_cast<std::uint64_t>(first + i) / 8);
-      q0 = _mm512_srli_epi32(_mm512_add_epi32(q0, random.word0), 16);
-      q1 = _mm512_srli_epi32(_mm512_add_epi32(q1, random.word1), 16);
-      q2 = _mm512_srli_epi32(_mm512_add_epi32(q2, random.word2), 16);
-      q3 = _mm512_srli_epi32(_mm512_add_epi32(q3, random.word3), 16);
-    }
-    __m512i bytes = _mm512_packus_epi16(_mm512_packus_epi32(q0, q1), _mm512_packus_epi32(q2, q3));
-    bytes = _mm512_permutexvar_epi32(order, bytes);
-    std::uint8_t* out = codes + i * f.bits / 8;
-    if (left >= 64) {
-      store_codes(f.bits, out, bytes);
-    } else {
-      std::uint8_t whole[64];
-      bytes = _mm512_maskz_mov_epi8((__mmask64{1} << left) - 1, bytes);
-      store_codes(f.bits, whole, bytes);
-      std::copy_n(whole, (left * f.bits + 7) / 8, out);
-    }
+  const std::uint64_t block = static_cast<std::uint64_t>(first) / 8;
+  std::int64_t i = 0;
+  for (; i + 64 <= count; i += 64)
+    store_codes(f.bits, codes + i * f.bits / 8,
+                encode_64(e, values + i, 0xFFFF, 0xFFFF, 0xFFFF, 0xFFFF, rounds,
+                          block + static_cast<std::uint64_t>(i) / 8));
+  if (const std::int64_t left = count - i; left > 0) {
+    const __m512i bytes =
+        encode_64(e, values + i, lanes(left), lanes(left - 16), lanes(left - 32), lanes(left - 48),
+                  rounds, block + static_cast<std::uint64_t>(i) / 8);
+    std::uint8_t whole[64];
+    store_codes(f.bits, whole, _mm512_maskz_mov_epi8((__mmask64{1} << left) - 1, bytes));
+    std::copy_n(whole, (left * f.bits + 7) / 8, codes + i * f.bits / 8);
   }
 }
 

@@ -20,20 +20,23 @@ inline constexpr std::int64_t kGroupIntGrain = 1 << 15;
 
 constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
-/// One group of n values, by the instructions of `I`: its word, or kNanWord and codes of 0.
+/// The word of a group, by the instructions of `I`; kNanWord if a value is not finite.
 template <Isa I, class T>
-std::uint32_t encode_one_group(IntFormat f, const T* values, std::int64_t count,
-                               const PhiloxRounds* rounds, std::int64_t first,
-                               std::uint8_t* codes) {
-  std::uint32_t word = 0;
+std::uint32_t word_of_group(IntFormat f, const T* values, std::int64_t count) {
 #if defined(__x86_64__)
-  if constexpr (I == Isa::kAvx512) word = avx512::word_of(f, values, count);
-  if constexpr (I == Isa::kAvx2) word = avx2::word_of(f, values, count);
+  if constexpr (I == Isa::kAvx512) return avx512::word_of(f, values, count);
+  if constexpr (I == Isa::kAvx2) return avx2::word_of(f, values, count);
 #endif
-  if constexpr (I == Isa::kScalar) word = group_word_scalar(f, values, count);
+  return group_word_scalar(f, values, count);
+}
+
+/// The group's codes; 0 under kNanWord.
+template <Isa I, class T>
+void encode_one_group(IntFormat f, std::uint32_t word, const T* values, std::int64_t count,
+                      const PhiloxRounds* rounds, std::int64_t first, std::uint8_t* codes) {
   if (word == kNanWord) {
     std::memset(codes, 0, static_cast<std::size_t>(ceil_div(count * f.bits, 8)));
-    return word;
+    return;
   }
 #if defined(__x86_64__)
   if constexpr (I == Isa::kAvx512)
@@ -42,7 +45,6 @@ std::uint32_t encode_one_group(IntFormat f, const T* values, std::int64_t count,
 #endif
   if constexpr (I == Isa::kScalar)
     encode_group_scalar(f, word, values, count, rounds, first, codes);
-  return word;
 }
 
 /// Codes and words of groups [first, last) of n values. Gives the first group that held a NaN or an
@@ -51,12 +53,20 @@ template <Isa I, class T>
 std::int64_t encode_groups(IntFormat f, const T* values, std::int64_t n, std::int64_t first,
                            std::int64_t last, const PhiloxRounds* rounds, std::uint8_t* codes,
                            std::uint32_t* words) {
+  constexpr std::int64_t kTogether = 8;  // words first: their divisions and reductions overlap
   std::int64_t refused = last;
-  for (std::int64_t g = first; g < last; ++g) {
-    const std::int64_t begin = g * f.group, count = std::min<std::int64_t>(f.group, n - begin);
-    words[g] =
-        encode_one_group<I>(f, values + begin, count, rounds, begin, codes + begin * f.bits / 8);
-    if (words[g] == kNanWord && refused == last) refused = g;
+  for (std::int64_t start = first; start < last; start += kTogether) {
+    const std::int64_t stop = std::min(last, start + kTogether);
+    for (std::int64_t g = start; g < stop; ++g) {
+      const std::int64_t begin = g * f.group, count = std::min<std::int64_t>(f.group, n - begin);
+      words[g] = word_of_group<I>(f, values + begin, count);
+      if (words[g] == kNanWord && refused == last) refused = g;
+    }
+    for (std::int64_t g = start; g < stop; ++g) {
+      const std::int64_t begin = g * f.group, count = std::min<std::int64_t>(f.group, n - begin);
+      encode_one_group<I>(f, words[g], values + begin, count, rounds, begin,
+                          codes + begin * f.bits / 8);
+    }
   }
   return refused;
 }
