@@ -99,12 +99,21 @@ void save(M&& model, const std::string& path) {
   }
 }
 
+namespace detail {
+
+template <Codec... More, ModuleLike M>
+void load_saved(M&& model, const SavedModel& saved, const std::string& what) {
+  register_codecs<Int8, Int4, Nf4, More...>();
+  load_model(parameters_of(model, "fourfold::load"), buffers_of(model, "fourfold::load"), saved,
+             what);
+}
+
+}  // namespace detail
+
 /// `More`: codecs that the file may hold beside Int8, Int4 and Nf4, such as LowRank<64>.
 template <Codec... More, ModuleLike M>
 void load(M&& model, std::istream& in, const std::string& what = "fourfold::load: the stream") {
-  register_codecs<Int8, Int4, Nf4, More...>();
-  detail::load_model(parameters_of(model, "fourfold::load"), buffers_of(model, "fourfold::load"),
-                     detail::read_model(in, what), what);
+  detail::load_saved<More...>(model, detail::read_model(in, what), what);
 }
 
 template <Codec... More, ModuleLike M>
@@ -116,9 +125,7 @@ void load(M&& model, const std::string& path) {
   const detail::SavedModel saved = detail::read_model(in, what);
   TORCH_CHECK(in.peek() == std::ifstream::traits_type::eof(), what,
               " goes on after its last byte: the file is damaged; save the model again");
-  register_codecs<Int8, Int4, Nf4, More...>();
-  detail::load_model(parameters_of(model, "fourfold::load"), buffers_of(model, "fourfold::load"),
-                     saved, what);
+  detail::load_saved<More...>(model, saved, what);
 }
 
 }  // namespace fourfold::inline v0
