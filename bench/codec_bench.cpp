@@ -3,24 +3,24 @@
 /// are 64 Mi values, 256 MiB, well past the caches. Each iteration runs the codec, which is timed,
 /// and memcpy beside it, since a shared machine's bandwidth wanders; vs_memcpy is the median time
 /// of memcpy over the median time of the codec (1: as quick as memcpy), and bytes_per_second counts
-/// bytes of fp32. Freed blocks are kept (mallopt), as in a training loop's steady state: the page
-/// faults of fresh memory would be measured instead, which memcpy into an old buffer does not have.
+/// bytes of fp32. The counting allocator gives the memory, as in a pipeline, and keeps what was
+/// freed: page faults of fresh memory took ten times what decoding takes, and memcpy into an old
+/// buffer has none.
 /// FOURFOLD_ISA=avx2 measures AVX2: the context printed first says which.
 #include <ATen/ATen.h>
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/Parallel.h>
 #include <benchmark/benchmark.h>
-#include <malloc.h>
 #include <fourfold/codec/bit_mask.hpp>
 #include <fourfold/codec/companded.hpp>
 #include <fourfold/codec/group_int.hpp>
 #include <fourfold/codec/nf4.hpp>
+#include <fourfold/torch/allocator.hpp>
 
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <ctime>
-#include <limits>
 #include <string>
 #include <vector>
 
@@ -110,8 +110,7 @@ void add_codec(at::Tensor (*domain)(const at::Tensor&)) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  mallopt(M_MMAP_MAX, 0);
-  mallopt(M_TRIM_THRESHOLD, std::numeric_limits<int>::max());
+  fourfold::door::install_allocator();
   at::set_num_threads(1);
   using namespace fourfold;
   const auto any = [](const at::Tensor& x) { return x; };

@@ -224,21 +224,55 @@ TEST(GroupInt, AtenGivesTheSameCodes) {  // what a CUDA tensor gets without kern
       }
 }
 
+const std::vector<std::vector<float>>& extremes() {
+  constexpr float tiny = std::numeric_limits<float>::denorm_min();
+  static const std::vector<std::vector<float>> groups = {{-FLT_MAX, FLT_MAX},
+                                                         {FLT_MAX},
+                                                         {-FLT_MAX},
+                                                         {-FLT_MAX, -FLT_MAX * 0.999F},
+                                                         {0, FLT_MAX},
+                                                         {tiny},
+                                                         {0, tiny},
+                                                         {-tiny, tiny, 50 * tiny},
+                                                         {-0.0F},
+                                                         {-0.0F, 0},
+                                                         {1, 1 + FLT_EPSILON},
+                                                         {1e-38F, 1e38F}};
+  return groups;
+}
+
+TEST(GroupInt, ExtremesAreTheSameOnEveryInstructionSet) {
+  const auto& groups = extremes();
+  for (IntFormat f : {IntFormat{8, 128}, IntFormat{4, 64}, IntFormat{2, 64}}) {
+    auto x = normal({40, f.group}, 16);  // whole groups in a row: taken sixteen at a time
+    for (std::int64_t g = 0; g < 36; ++g) {
+      const auto& values = groups[static_cast<std::size_t>(g) % groups.size()];
+      for (std::int64_t i = 0; i < f.group; ++i)
+        x[g][i] = values[static_cast<std::size_t>(i) % values.size()];
+    }
+    auto strange = x.clone();
+    strange[7][9] = kNan, strange[12][0] = kInfinity, strange[30][f.group - 1] = -kInfinity;
+    for (f.symmetric = false;; f.symmetric = true) {
+      for (Isa isa : fourfold::available_isas()) {
+        for (int buffer : {0, 1}) {
+          const auto at = static_cast<std::size_t>(buffer);
+          EXPECT_TRUE(same_bits(packed(f, x, std::nullopt, isa)[at],
+                                packed(f, x, std::nullopt, Isa::kScalar)[at]))
+              << describe(f) << " nearest " << name(isa);
+          EXPECT_TRUE(same_bits(packed(f, strange, Key{3}, isa)[at],
+                                packed(f, strange, Key{3}, Isa::kScalar)[at]))
+              << describe(f) << " stochastic " << name(isa);
+        }
+        EXPECT_THAT(error_of([&] { (void)packed(f, strange, std::nullopt, isa); }),
+                    HasSubstr("value " + std::to_string(7 * f.group + 9)));
+      }
+      if (f.symmetric) break;
+    }
+  }
+}
+
 TEST(GroupInt, ExtremesComeBackFiniteAndWithinTheBound) {
-  const float tiny = std::numeric_limits<float>::denorm_min();
-  const std::vector<std::vector<float>> groups = {{-FLT_MAX, FLT_MAX},
-                                                  {FLT_MAX},
-                                                  {-FLT_MAX},
-                                                  {-FLT_MAX, -FLT_MAX * 0.999F},
-                                                  {0, FLT_MAX},
-                                                  {tiny},
-                                                  {0, tiny},
-                                                  {-tiny, tiny, 50 * tiny},
-                                                  {-0.0F},
-                                                  {-0.0F, 0},
-                                                  {1, 1 + FLT_EPSILON},
-                                                  {1e-38F, 1e38F}};
-  for (const auto& values : groups) {
+  for (const auto& values : extremes()) {
     const auto x = torch::tensor(values);
     const auto check = [&](const auto& codec) {
       const auto bound = codec.error_bound(x);

@@ -48,6 +48,17 @@ inline void refuse_nonfinite(IntFormat f, const at::Tensor& flat) {
       "compress(values, key), which carries it through (its group decodes to NaN)");
 }
 
+inline const std::uint32_t* group_words(const at::Tensor& words) {
+  return reinterpret_cast<const std::uint32_t*>(words.const_data_ptr<std::int32_t>());
+}
+/// Whether a group's word says that it held a NaN or an infinity.
+inline bool any_nan_word(const at::Tensor& words) {
+  constexpr std::uint32_t kNan = kNanWord;
+  if (!words.is_cpu()) return words.eq(static_cast<std::int64_t>(kNan)).any().item<bool>();
+  const std::uint32_t* first = group_words(words);
+  return std::find(first, first + words.numel(), kNan) != first + words.numel();
+}
+
 inline std::vector<at::Tensor> group_int_compress(IntFormat f, const at::Tensor& values,
                                                   const std::optional<Key>& key,
                                                   Isa isa = fourfold::isa()) {
@@ -63,8 +74,7 @@ inline std::vector<at::Tensor> group_int_compress(IntFormat f, const at::Tensor&
   const auto options = at::TensorOptions(values.device());
   if (values.is_cuda() && n > 0) {
     std::vector<at::Tensor> buffers = cuda_compress(f, flat, key);
-    if (!key && buffers[1].eq(static_cast<std::int64_t>(kNanWord)).any().item<bool>())
-      refuse_nonfinite(f, flat);
+    if (!key && any_nan_word(buffers[1])) refuse_nonfinite(f, flat);
     return buffers;
   }
   at::Tensor codes = at::empty({ceil_div(n * f.bits, 8)}, options.dtype(at::kByte));
@@ -81,10 +91,6 @@ inline std::vector<at::Tensor> group_int_compress(IntFormat f, const at::Tensor&
     }
   });
   return {std::move(codes), std::move(words)};
-}
-
-inline const std::uint32_t* group_words(const at::Tensor& words) {
-  return reinterpret_cast<const std::uint32_t*>(words.const_data_ptr<std::int32_t>());
 }
 
 inline at::Tensor group_int_decompress(IntFormat f, const std::vector<at::Tensor>& buffers,
@@ -175,12 +181,7 @@ class GroupQuantizer {
   }
   /// Whether a group was given a value that is not finite, so that all of it decodes to NaN.
   [[nodiscard]] static bool holds_nan(const Packed& packed) {
-    const at::Tensor& words = packed.buffers.at(1);
-    constexpr std::uint32_t kNan = kNanWord;
-    if (!words.is_cpu())
-      return words.eq(static_cast<std::int64_t>(kNan)).any().template item<bool>();
-    const std::uint32_t* first = detail::group_words(words);
-    return std::find(first, first + words.numel(), kNan) != first + words.numel();
+    return detail::any_nan_word(packed.buffers.at(1));
   }
   /// Elementwise bound of |values - decompress(compress(values))|, fp32; twice it bounds the
   /// stochastic one.

@@ -7,30 +7,13 @@
 #include <c10/util/Half.h>
 #include <immintrin.h>
 #include <fourfold/codec/detail/group_int_scalar.hpp>
+#include <fourfold/codec/detail/group_words_avx512.hpp>
 #include <fourfold/codec/int_code.hpp>
 
 #include <algorithm>
 #include <cstdint>
 
-#define FOURFOLD_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c,avx2")))
-
 namespace fourfold::inline v0::detail::avx512 {
-
-/// Which of 16 lanes hold values, if `left` remain.
-inline __mmask16 lanes(std::int64_t left) {
-  return static_cast<__mmask16>(left >= 16 ? 0xFFFF : left <= 0 ? 0 : (1 << left) - 1);
-}
-
-FOURFOLD_AVX512 inline __m512 load(const float* p, __mmask16 m) {
-  return _mm512_maskz_loadu_ps(m, p);
-}
-FOURFOLD_AVX512 inline __m512 load(const c10::BFloat16* p, __mmask16 m) {
-  const __m512i wide = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(m, p));
-  return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
-}
-FOURFOLD_AVX512 inline __m512 load(const c10::Half* p, __mmask16 m) {
-  return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(m, p));
-}
 
 FOURFOLD_AVX512 inline void store(float* p, __mmask16 m, __m512 v) {
   _mm512_mask_storeu_ps(p, m, v);
@@ -53,27 +36,6 @@ FOURFOLD_AVX512 inline void store(c10::BFloat16* p, __mmask16 m, __m512 v) {
   const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
   rounded = _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7FC0));
   _mm256_mask_storeu_epi16(p, m, _mm512_cvtepi32_epi16(rounded));
-}
-
-/// The word of `count` >= 1 values.
-template <class T>
-FOURFOLD_AVX512 inline std::uint32_t word_of(IntFormat f, const T* values, std::int64_t count) {
-  const __m512 first = _mm512_set1_ps(static_cast<float>(values[0])), zero = _mm512_setzero_ps();
-  __m512 lo = first, hi = first, poison = zero;
-  std::int64_t i = 0;
-  for (; i + 16 <= count; i += 16) {
-    const __m512 v = load(values + i, 0xFFFF);
-    lo = _mm512_min_ps(lo, v), hi = _mm512_max_ps(hi, v);
-    poison = _mm512_fmadd_ps(v, zero, poison);
-  }
-  if (i < count) {
-    const __mmask16 m = lanes(count - i);
-    const __m512 v = _mm512_mask_mov_ps(first, m, load(values + i, m));
-    lo = _mm512_min_ps(lo, v), hi = _mm512_max_ps(hi, v);
-    poison = _mm512_fmadd_ps(v, zero, poison);
-  }
-  if (_mm512_cmp_ps_mask(poison, poison, _CMP_UNORD_Q) != 0) return kNanWord;
-  return group_word(f, _mm512_reduce_min_ps(lo), _mm512_reduce_max_ps(hi));
 }
 
 /// 16 random bits for each of 64 values, as four vectors of 16 words.
@@ -185,6 +147,38 @@ FOURFOLD_AVX512 inline void encode_group(IntFormat f, std::uint32_t word, const 
   }
 }
 
+/// Words and codes of sixteen whole groups, whose first value has the index `first`. A group is a
+/// multiple of 64 values. Gives the first group with a NaN or an infinity, or 16. While codes are
+/// made, which is arithmetic, the values of the next sixteen groups are fetched.
+template <class T>
+FOURFOLD_AVX512 inline std::int64_t encode_16(IntFormat f, const T* values,
+                                              const PhiloxRounds* rounds, std::int64_t first,
+                                              std::uint8_t* codes, std::uint32_t* words) {
+  Groups16 groups;
+  words_of_16(f, values, rounds != nullptr, groups);
+  std::copy_n(groups.word, kTogether, words);
+  Encoder e = broadcast(group_encoder(f, 0, rounds != nullptr));
+  const std::int64_t ahead = kTogether * f.group * static_cast<std::int64_t>(sizeof(T));
+  std::uint64_t block = static_cast<std::uint64_t>(first) / 8;
+  std::int64_t refused = kTogether;
+  for (std::int64_t g = 0; g < kTogether; ++g) {
+    e.spread = _mm512_set1_ps(groups.spread[g]), e.offset = _mm512_set1_ps(groups.offset[g]);
+    e.inverse = _mm512_set1_ps(groups.inverse[g]);
+    const bool finite = groups.word[g] != kNanWord;
+    if (!finite) refused = std::min(refused, g);
+    for (std::int64_t i = 0; i < f.group; i += kTurn, values += kTurn) {
+      const auto next =
+          reinterpret_cast<std::uintptr_t>(values) + static_cast<std::uintptr_t>(ahead);
+      for (std::uintptr_t line = 0; line < kTurn * sizeof(T); line += 64)
+        _mm_prefetch(reinterpret_cast<const char*>(next + line), _MM_HINT_T0);
+      const __m512i q = encode_64(e, values, 0xFFFF, 0xFFFF, 0xFFFF, 0xFFFF, rounds, block);
+      store_codes(f.bits, codes, finite ? q : _mm512_setzero_si512());
+      codes += kTurn * f.bits / 8, block += kTurn / 8;
+    }
+  }
+  return refused;
+}
+
 /// 16 codes from 2 * bits bytes, one a 32-bit lane; with bits < 8 the lanes above the code's bits
 /// hold others.
 template <int Bits>
@@ -215,19 +209,19 @@ FOURFOLD_AVX512 inline void decode_group(IntFormat f, std::uint32_t word, const 
   const __m512i few = _mm512_and_si512(index, _mm512_set1_epi32((1 << Bits) - 1));
   const __m512 table =
       _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(few, zero)), scale, minimum);
+  const auto decode_16 = [&](const std::uint8_t* in) FOURFOLD_AVX512 {
+    const __m512i code = load_codes<Bits>(in);
+    return Bits == 8
+               ? _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(code, zero)), scale, minimum)
+               : _mm512_permutexvar_ps(code, table);
+  };
   const std::uint8_t* in = codes + begin * Bits / 8;
-  for (std::int64_t i = begin; i < end; i += 16, in += 2 * Bits, out += 16) {
+  std::int64_t left = end - begin;
+  for (; left >= 16; left -= 16, in += 2 * Bits, out += 16) store(out, 0xFFFF, decode_16(in));
+  if (left > 0) {
     std::uint8_t rest[16] = {};
-    const std::uint8_t* from = in;
-    if (end - i < 16) {
-      std::copy_n(in, ((end - i) * Bits + 7) / 8, rest);
-      from = rest;
-    }
-    const __m512i code = load_codes<Bits>(from);
-    const __m512 v = Bits == 8 ? _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(code, zero)),
-                                                 scale, minimum)
-                               : _mm512_permutexvar_ps(code, table);
-    store(out, lanes(end - i), v);
+    std::copy_n(in, (left * Bits + 7) / 8, rest);
+    store(out, lanes(left), decode_16(rest));
   }
 }
 

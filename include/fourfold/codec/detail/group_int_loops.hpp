@@ -53,14 +53,25 @@ template <Isa I, class T>
 std::int64_t encode_groups(IntFormat f, const T* values, std::int64_t n, std::int64_t first,
                            std::int64_t last, const PhiloxRounds* rounds, std::uint8_t* codes,
                            std::uint32_t* words) {
+  std::int64_t refused = last, start = first;
+#if defined(__x86_64__)
+  if constexpr (I == Isa::kAvx512) {
+    const std::int64_t whole = f.group % avx512::kTurn == 0 ? std::min(last, n / f.group) : first;
+    for (; start + avx512::kTogether <= whole; start += avx512::kTogether) {
+      const std::int64_t begin = start * f.group;
+      const std::int64_t found = avx512::encode_16(f, values + begin, rounds, begin,
+                                                   codes + begin * f.bits / 8, words + start);
+      if (found < avx512::kTogether) refused = std::min(refused, start + found);
+    }
+  }
+#endif
   constexpr std::int64_t kTogether = 8;  // words first: their divisions and reductions overlap
-  std::int64_t refused = last;
-  for (std::int64_t start = first; start < last; start += kTogether) {
+  for (; start < last; start += kTogether) {
     const std::int64_t stop = std::min(last, start + kTogether);
     for (std::int64_t g = start; g < stop; ++g) {
       const std::int64_t begin = g * f.group, count = std::min<std::int64_t>(f.group, n - begin);
       words[g] = word_of_group<I>(f, values + begin, count);
-      if (words[g] == kNanWord && refused == last) refused = g;
+      if (words[g] == kNanWord) refused = std::min(refused, g);
     }
     for (std::int64_t g = start; g < stop; ++g) {
       const std::int64_t begin = g * f.group, count = std::min<std::int64_t>(f.group, n - begin);
@@ -74,9 +85,11 @@ std::int64_t encode_groups(IntFormat f, const T* values, std::int64_t n, std::in
 template <Isa I, int Bits, class T>
 void decode_groups(IntFormat f, const std::uint8_t* codes, const std::uint32_t* words,
                    std::int64_t begin, std::int64_t end, T* out) {
+  std::int64_t g = begin / f.group;
   for (std::int64_t i = begin; i < end;) {
-    std::int64_t stop = std::min(end, (i / f.group + 1) * f.group);
-    const std::uint32_t word = words[i / f.group];
+    const std::int64_t group_end = (g + 1) * f.group;
+    std::int64_t stop = std::min(end, group_end);
+    const std::uint32_t word = words[g];
     if (I == Isa::kScalar || i * Bits % 8 != 0) {  // up to the next whole byte
       if (I != Isa::kScalar) stop = std::min(stop, ceil_div(i * Bits, 8) * 8 / Bits);
       decode_group_scalar(f, word, codes, i, stop, out + (i - begin));
@@ -88,6 +101,7 @@ void decode_groups(IntFormat f, const std::uint8_t* codes, const std::uint32_t* 
       avx2::decode_group<Bits>(f, word, codes, i, stop, out + (i - begin));
 #endif
     i = stop;
+    if (i == group_end) ++g;
   }
 }
 
