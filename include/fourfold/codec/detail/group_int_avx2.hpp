@@ -91,8 +91,8 @@ FOURFOLD_AVX2 inline Random32 random32(const PhiloxRounds& rounds, std::uint64_t
     const __m256i a = _mm256_mul_epu32(m0, c0), b = _mm256_mul_epu32(m1, c2);
     const __m256i k0 = _mm256_set1_epi64x(rounds.key0[round]);
     const __m256i k1 = _mm256_set1_epi64x(rounds.key1[round]);
-    c0 = _mm256_xor_si256(_mm256_srli_epi64(b, 32), _mm256_xor_si256(c1, k0));
-    c2 = _mm256_xor_si256(_mm256_srli_epi64(a, 32), _mm256_xor_si256(c3, k1));
+    c0 = _mm256_xor_si256(_mm256_shuffle_epi32(b, 0xF5), _mm256_xor_si256(c1, k0));
+    c2 = _mm256_xor_si256(_mm256_shuffle_epi32(a, 0xF5), _mm256_xor_si256(c3, k1));
     c1 = b, c3 = a;
   }
   const __m256i c01 = _mm256_blend_epi32(c0, _mm256_slli_epi64(c1, 32), 0xAA);

@@ -158,7 +158,6 @@ FOURFOLD_AVX512 inline std::int64_t encode_16(IntFormat f, const T* values,
   words_of_16(f, values, rounds != nullptr, groups);
   std::copy_n(groups.word, kTogether, words);
   Encoder e = broadcast(group_encoder(f, 0, rounds != nullptr));
-  const std::int64_t ahead = kTogether * f.group * static_cast<std::int64_t>(sizeof(T));
   std::uint64_t block = static_cast<std::uint64_t>(first) / 8;
   std::int64_t refused = kTogether;
   for (std::int64_t g = 0; g < kTogether; ++g) {
@@ -167,10 +166,7 @@ FOURFOLD_AVX512 inline std::int64_t encode_16(IntFormat f, const T* values,
     const bool finite = groups.word[g] != kNanWord;
     if (!finite) refused = std::min(refused, g);
     for (std::int64_t i = 0; i < f.group; i += kTurn, values += kTurn) {
-      const auto next =
-          reinterpret_cast<std::uintptr_t>(values) + static_cast<std::uintptr_t>(ahead);
-      for (std::uintptr_t line = 0; line < kTurn * sizeof(T); line += 64)
-        _mm_prefetch(reinterpret_cast<const char*>(next + line), _MM_HINT_T0);
+      prefetch(values, kTogether * f.group, kTurn);
       const __m512i q = encode_64(e, values, 0xFFFF, 0xFFFF, 0xFFFF, 0xFFFF, rounds, block);
       store_codes(f.bits, codes, finite ? q : _mm512_setzero_si512());
       codes += kTurn * f.bits / 8, block += kTurn / 8;

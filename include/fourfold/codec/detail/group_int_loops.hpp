@@ -75,6 +75,7 @@ std::int64_t encode_groups(IntFormat f, const T* values, std::int64_t n, std::in
     }
     for (std::int64_t g = start; g < stop; ++g) {
       const std::int64_t begin = g * f.group, count = std::min<std::int64_t>(f.group, n - begin);
+      prefetch(values + begin, kTogether * f.group, count);
       encode_one_group<I>(f, words[g], values + begin, count, rounds, begin,
                           codes + begin * f.bits / 8);
     }

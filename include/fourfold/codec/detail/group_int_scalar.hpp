@@ -23,6 +23,16 @@ struct PhiloxRounds {
   }
 };
 
+/// Asks for `count` values that lie `ahead` values further, if there are any, while others are
+/// worked on.
+template <class T>
+FOURFOLD_INLINE void prefetch(const T* values, std::int64_t ahead, std::int64_t count) {
+  const auto bytes = [](std::int64_t n) { return static_cast<std::uintptr_t>(n) * sizeof(T); };
+  const auto first = reinterpret_cast<std::uintptr_t>(values) + bytes(ahead);
+  for (std::uintptr_t line = 0; line < bytes(count); line += 64)
+    __builtin_prefetch(reinterpret_cast<const char*>(first + line));
+}
+
 /// The word of `count` >= 1 values.
 template <class T>
 std::uint32_t group_word_scalar(IntFormat f, const T* values, std::int64_t count) {
