@@ -153,8 +153,9 @@ TYPED_TEST_P(CodecLaws, NonfiniteValuesAreNeverSilentlyChanged) {
         EXPECT_TRUE(fourfold::laws::same_bits(again, values)) << strange << " at " << place;
       }
       if constexpr (fourfold::StochasticCodec<TypeParam>) {
-        const at::Tensor again =
-            TypeParam{}.decompress(TypeParam{}.compress(values, TestFixture::kKey));
+        const auto packed = TypeParam{}.compress(values, TestFixture::kKey);
+        const at::Tensor again = TypeParam{}.decompress(packed);
+        EXPECT_TRUE(TypeParam::holds_nan(packed)) << strange << " at " << place;
         EXPECT_FALSE(std::isfinite(again.view({-1})[place].item<float>()))
             << strange << " at " << place;
       }
@@ -189,6 +190,7 @@ TYPED_TEST_P(CodecLaws, SameKeySameCodesOtherKeyOtherCodes) {
   if constexpr (fourfold::StochasticCodec<TypeParam>) {
     const at::Tensor values = TestFixture::drawn(4000, 3);
     const auto packed = [&](fourfold::Key key) { return TypeParam{}.compress(values, key); };
+    EXPECT_FALSE(TypeParam::holds_nan(packed({})));
     const auto first = packed({1, 2, 3, 4});
     EXPECT_TRUE(fourfold::laws::same_codes(first, packed({1, 2, 3, 4})));
     for (fourfold::Key other : {fourfold::Key{2, 2, 3, 4}, fourfold::Key{1, 3, 3, 4},

@@ -51,6 +51,10 @@ class Companded {
   /// rounding.
   [[nodiscard]] at::Tensor error_bound(const at::Tensor& values) const;
   void decode(const Packed& packed, std::int64_t begin, std::int64_t end, float* out) const;
+  /// Whether values that were not finite made their groups NaN.
+  [[nodiscard]] static bool holds_nan(const Packed& packed) {
+    return detail::any_nan(packed.buffers.at(1));
+  }
 
   // What an optimizer needs to hold a state in this code: StateCodec in optim/state_codec.hpp.
   static constexpr std::int64_t kTile = companded::kGroup;

@@ -47,6 +47,10 @@ class NormalFloat {
   [[nodiscard]] at::Tensor error_bound(const at::Tensor& values) const {
     return nf4::detail::error_bound(F, values);
   }
+  /// Whether values that were not finite made what shares their scale NaN.
+  [[nodiscard]] static bool holds_nan(const Packed& packed) {
+    return detail::any_nan(packed.buffers.back());
+  }
   void decode(const Packed& packed, std::int64_t begin, std::int64_t end, float* out) const {
     detail::check_tile(packed.buffers.at(0), begin, end, packed.numel(), name());
     nf4::detail::decode(F, packed.buffers, packed.numel(), begin, end, out);

@@ -8,6 +8,7 @@
 #include <fourfold/core/random.hpp>
 #include <fourfold/cuda/run_kernel.hpp>
 
+#include <algorithm>
 #include <cstdint>
 #include <mutex>
 #include <optional>
@@ -62,8 +63,13 @@ inline std::optional<at::Tensor> decompress_by_kernel(const FourfoldFormat& form
   return wide ? out.to(dtype) : out;
 }
 
-/// Whether a group held what is not finite (for Sqrt: or is negative). Waits for the device.
-inline bool any_nan(const at::Tensor& scales) { return scales.isnan().any().item<bool>(); }
+/// Whether a group held what is not finite (for Sqrt: or is negative), by its fp32 scales. Waits for
+/// the device.
+inline bool any_nan(const at::Tensor& scales) {
+  if (!scales.is_cpu()) return scales.isnan().any().item<bool>();
+  const float* first = scales.const_data_ptr<float>();
+  return std::any_of(first, first + scales.numel(), [](float scale) { return scale != scale; });
+}
 
 /// "Nf4 packs tensors" "on cuda" "by way of the CPU", and why; once for each `what`. Silent where
 /// there is a kernel and it is linked: then the slow way only looks for what is to be refused.
