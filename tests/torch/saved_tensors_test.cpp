@@ -385,7 +385,7 @@ TEST(SavedTensors, AScopeIsEnteredOnce) {
   auto packer = std::make_shared<Counting>();
   const door::SavedTensorsScope scope(packer);
   EXPECT_THAT(message_of([&] { const door::SavedTensorsScope again(packer); }),
-              HasSubstr("this packer's scope is open on this thread already"));
+              HasSubstr("is open on this thread already"));
   EXPECT_EQ(door::current_saved_tensors(), packer);
   EXPECT_THAT(message_of([&] { const door::SavedTensorsScope none(nullptr); }),
               HasSubstr("got no packer"));

@@ -243,11 +243,12 @@ TEST_F(SaveAndLoad, ReadsAPipe) {
   torch::nn::Sequential model = make_model(), other = make_model();
   compress_weights<Int8>(model, every_matrix);
   const std::string text = saved(model);
-  Pipe pipe(text), cut(text.substr(0, text.size() / 2));
-  std::istream in(&pipe), short_in(&cut);
+  Pipe pipe(text), cut(text.substr(0, text.size() / 2)), stub(text.substr(0, 4));
+  std::istream in(&pipe), short_in(&cut), shortest_in(&stub);
   load(other, in);
   EXPECT_TRUE(equal(values_of(model), values_of(other)));
   EXPECT_THAT(message_of([&] { load(other, short_in); }), HasSubstr("it ends too early"));
+  EXPECT_THAT(message_of([&] { load(other, shortest_in); }), HasSubstr("it ends too early"));
 }
 
 TEST_F(SaveAndLoad, WritesAFileWholeOrNotAtAll) {

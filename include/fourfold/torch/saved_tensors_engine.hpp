@@ -228,9 +228,8 @@ class [[gnu::visibility("default")]] SavedTensorsEngine final : public torch::au
       for (const auto& scope : stack)
         TORCH_CHECK(
             scope->packer != packer,
-            "SavedTensorsScope: this packer's scope is open on this thread already (", stack.size(),
-            " scopes deep); a scope is entered once: leave it first, or give the inner scope a "
-            "packer of its own");
+            "a scope of this pipeline (or packer) is open on this thread already (", stack.size(),
+            " scopes deep); leave it before you enter it again, or nest another pipeline's");
     auto scope = std::make_shared<OpenScope>();
     scope->packer = std::move(packer);
     scope->in_backward = in_backward;
@@ -245,7 +244,7 @@ class [[gnu::visibility("default")]] SavedTensorsEngine final : public torch::au
     if (scope->thread != std::this_thread::get_id()) {
       scope->closed.store(true);
       warn(
-          "a SavedTensorsScope was left on another thread than it was entered on; its own thread "
+          "a scope was left on another thread than it was entered on; its own thread "
           "drops it at the next tensor that it saves. Leave a scope where it was entered");
       return;
     }
@@ -254,7 +253,7 @@ class [[gnu::visibility("default")]] SavedTensorsEngine final : public torch::au
     if (found == stack.end()) return;  // this thread's end was faster
     if (found + 1 != stack.end() && !(*(found + 1))->closed.load())
       warn(
-          "a SavedTensorsScope was left before a scope that was entered inside it; the inner one "
+          "a scope was left before a scope that was entered inside it; the inner one "
           "stays. Leave scopes in the reverse order");
     stack.erase(found);
   }

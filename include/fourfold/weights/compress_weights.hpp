@@ -109,7 +109,9 @@ CompressedWeights compress_parameters(const NamedTensors& parameters, const Para
       payloads.push_back(format.compress(owner.detach()));
     } catch (const c10::Error& error) {
       TORCH_CHECK(false, what, ": parameter '", name, "' (sizes ", owner.sizes(),
-                  "): ", error.what_without_backtrace(), ". The module was left as it was");
+                  "): ", error.what_without_backtrace(),
+                  ". The module was left as it was; mend the parameter, or leave it out by the "
+                  "filter");
     }
     if (format.factorised)
       for (at::Tensor factor : payloads.back()->buffers())

@@ -134,12 +134,13 @@ inline SavedModel read_model(std::istream& in, const std::string& what) {
   std::uint32_t version = 0;
   std::uint64_t length = 0, sum = 0;
   in.read(magic.data(), static_cast<std::streamsize>(magic.size()));
+  magic.resize(static_cast<std::size_t>(in.gcount()));
   const auto read = [&](auto& number) {
     in.read(reinterpret_cast<char*>(&number), sizeof number);
     return in.gcount() == static_cast<std::streamsize>(sizeof number);
   };
-  TORCH_CHECK(in.gcount() == static_cast<std::streamsize>(magic.size()) && magic == kSaveMagic,
-              what, " is not a file of fourfold::save (it does not begin with ", kSaveMagic,
+  TORCH_CHECK(!magic.empty() && kSaveMagic.starts_with(magic), what,
+              " is not a file of fourfold::save (it does not begin with ", kSaveMagic,
               "); a file of torch::save is loaded by torch::load");
   TORCH_CHECK(read(version), what, " is damaged: it ends too early; load another copy of the file");
   TORCH_CHECK(version >= 1 && version <= kSaveVersion, what, " has version ", version,
