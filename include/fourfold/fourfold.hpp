@@ -3,6 +3,8 @@
 /// All of fourfold. Each part may be included alone.
 #include <fourfold/activations/checkpoint.hpp>
 #include <fourfold/activations/checkpoint_sequential.hpp>
+#include <fourfold/activations/chunked.hpp>
+#include <fourfold/activations/linear_cross_entropy.hpp>
 #include <fourfold/codec/bit_mask.hpp>
 #include <fourfold/codec/companded.hpp>
 #include <fourfold/codec/group_int.hpp>
