@@ -178,7 +178,7 @@ typename Companded<Bits, Curve>::Packed Companded<Bits, Curve>::pack(
                   " is ", value,
                   ", and this code holds second moments, which are not negative; use Companded<8, "
                   "Softsign> for values of either sign");
-      detail::refuse_not_finite(from, misfit.value(), n, codec);
+      detail::refuse_not_finite(dense, misfit.value(), codec);
     }
     for (at::Tensor& buffer : packed.buffers) buffer = buffer.to(values.device());
     return packed;

@@ -17,10 +17,10 @@
 /// compress(values, key), where its whole group decodes to NaN.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/isfinite.h>
 #include <c10/core/GradMode.h>
 #include <fourfold/codec/detail/group_int_cuda.hpp>
 #include <fourfold/codec/detail/group_int_loops.hpp>
+#include <fourfold/codec/detail/tile_io.hpp>
 #include <fourfold/codec/int_code.hpp>
 #include <fourfold/core/codec.hpp>
 #include <fourfold/core/visit.hpp>
@@ -36,16 +36,6 @@ namespace detail {
 inline std::string group_int_name(IntFormat f) {
   std::string name = "Int" + std::to_string(f.bits) + (f.symmetric ? "Symmetric" : "");
   return f.group == (f.bits == 8 ? 128 : 64) ? name : name + "/" + std::to_string(f.group);
-}
-
-inline void refuse_nonfinite(IntFormat f, const at::Tensor& flat) {
-  const at::Tensor floats = flat.to(at::kFloat);
-  const auto index = floats.isfinite().logical_not().to(at::kByte).argmax().item<std::int64_t>();
-  TORCH_CHECK(
-      false, group_int_name(f), ": value ", index, " of ", flat.numel(), " is ",
-      flat[index].item<double>(),
-      ", and rounding to nearest takes finite fp32 numbers only; look for its origin, or use "
-      "compress(values, key), which carries it through (its group decodes to NaN)");
 }
 
 inline const std::uint32_t* group_words(const at::Tensor& words) {
@@ -74,7 +64,7 @@ inline std::vector<at::Tensor> group_int_compress(IntFormat f, const at::Tensor&
   const auto options = at::TensorOptions(values.device());
   if (values.is_cuda() && n > 0) {
     std::vector<at::Tensor> buffers = cuda_compress(f, flat, key);
-    if (!key && any_nan_word(buffers[1])) refuse_nonfinite(f, flat);
+    if (!key && any_nan_word(buffers[1])) refuse_not_finite(flat, 0, name);
     return buffers;
   }
   at::Tensor codes = at::empty({ceil_div(n * f.bits, 8)}, options.dtype(at::kByte));
@@ -87,7 +77,7 @@ inline std::vector<at::Tensor> group_int_compress(IntFormat f, const at::Tensor&
           encode_all(f, input.const_data_ptr<T>(), n, key ? &rounds : nullptr,
                      codes.mutable_data_ptr<std::uint8_t>(),
                      reinterpret_cast<std::uint32_t*>(words.mutable_data_ptr<std::int32_t>()), isa);
-      if (!key && refused < words.numel()) refuse_nonfinite(f, flat);
+      if (!key && refused < words.numel()) refuse_not_finite(flat, 0, name);
     }
   });
   return {std::move(codes), std::move(words)};

@@ -142,7 +142,7 @@ inline std::vector<at::Tensor> compress(Nf4Format f, const at::Tensor& values,
                        misfit.report(unit);
                  });
     if (!key && misfit.found())
-      fourfold::detail::refuse_not_finite(from, misfit.value() * units_of * f.block, n, name);
+      fourfold::detail::refuse_not_finite(dense, misfit.value() * units_of * f.block, name);
     for (at::Tensor& buffer : buffers) buffer = buffer.to(values.device());
     return buffers;
   });

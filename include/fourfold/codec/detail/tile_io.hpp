@@ -2,6 +2,7 @@
 #pragma once
 /// Tiles of a tensor as fp32, whatever its floating dtype, and what codecs in groups say alike.
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/isfinite.h>
 #include <c10/util/Exception.h>
 #include <fourfold/core/parallel.hpp>
 
@@ -84,14 +85,14 @@ class FirstIndex {
   std::atomic<std::int64_t> first_{std::numeric_limits<std::int64_t>::max()};
 };
 
-/// Throws, naming the first value from `begin` on that is not finite in fp32.
-template <class T>
-[[noreturn]] void refuse_not_finite(const T* values, std::int64_t begin, std::int64_t n,
-                                    const std::string& codec) {
-  std::int64_t i = begin;
-  while (i < n - 1 && std::isfinite(static_cast<float>(values[i]))) ++i;
+/// Throws, naming the first value from `begin` on, in row-major order, that is not finite in fp32.
+[[noreturn]] inline void refuse_not_finite(const at::Tensor& values, std::int64_t begin,
+                                           const std::string& codec) {
+  const at::Tensor flat = values.reshape({-1}), rest = flat.slice(0, begin).to(at::kFloat);
+  const std::int64_t index =
+      begin + rest.isfinite().logical_not().to(at::kByte).argmax().item<std::int64_t>();
   TORCH_CHECK(
-      false, codec, ": value ", i, " of ", n, " is ", static_cast<double>(values[i]),
+      false, codec, ": value ", index, " of ", flat.numel(), " is ", flat[index].item<double>(),
       ", and rounding to nearest takes finite fp32 numbers only; look for its origin, or use "
       "compress(values, key), which carries it through (what shares its scale becomes NaN)");
 }
