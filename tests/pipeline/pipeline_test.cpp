@@ -113,24 +113,6 @@ TEST(Pipeline, TheGradientsErrorShrinksWithTheStepOfTheCode) {
   }
 }
 
-// dW = dY^T X and only X is packed, so |dW - dW'| <= |dY|^T |X - X'| elementwise, and a stochastic
-// code is off by one step, twice the bound of the nearest, at most. (rounding: k eps |dY|^T |X|.)
-TEST(Pipeline, ALinearsGradientStaysWithinTheCodesBound) {
-  torch::manual_seed(3);
-  auto layer = torch::nn::Linear(96, 64);
-  const auto x = torch::randn({128, 96}), dy = torch::randn({128, 64});
-  Whole4 pipeline(layer);
-  // A constant from outside of the scope would be held as it is: the caller has it anyway.
-  auto y = pipeline.forward([&] { return layer->forward(x + 0); });
-  y.backward(dy);
-  const auto exact = dy.t().mm(x);
-  const auto bound =
-      dy.abs().t().mm(2 * Int4{}.error_bound(x)) + 128 * 0x1p-23 * dy.abs().t().mm(x.abs());
-  EXPECT_TRUE(((layer->weight.grad() - exact).abs() <= bound).all().item<bool>());
-  EXPECT_FALSE(torch::equal(layer->weight.grad(), exact)) << "nothing was packed";
-  EXPECT_TRUE(torch::equal(layer->bias.grad(), dy.sum(0)));
-}
-
 TEST(Pipeline, PresetsTrainTheFiveModels) {
   for (const auto& make : pipeline_models::all()) {
     const Trained expected = plain(make, 40);
@@ -200,24 +182,6 @@ TEST(Pipeline, PoliciesAreFoundInAnyOrder) {
                "turned");
 }
 
-// The gradient of 3/2 x cubed is read from the cubed tensor h as it was decoded, and so is the
-// gradient of that: 6 h (3/2)^2, off by 13.5 |h - h'|, where h' is off by one step, twice the bound
-// of the nearest, at most. (eps |h|: its own rounding.)
-TEST(Pipeline, ADoubleBackwardThroughPackedTensorsStaysWithinTheCodesBound) {
-  torch::manual_seed(2);
-  torch::nn::Linear unused(1, 1);
-  Whole4 pipeline(unused);
-  const auto x = torch::randn({64, 64}, torch::requires_grad());
-  const auto h = (x * 1.5).detach();
-  const auto y = pipeline.forward([&] { return (x * 1.5).pow(3).sum(); });
-  const auto first = torch::autograd::grad({y}, {x}, {}, true, /*create_graph=*/true)[0];
-  const auto second = torch::autograd::grad({first.sum()}, {x})[0];
-  const auto step = 2 * Int4{}.error_bound(h);
-  const auto off = (second - 13.5 * h).abs();
-  EXPECT_TRUE((off <= 13.5 * step + 1e-5 * h.abs()).all().item<bool>()) << (off / step).max();
-  EXPECT_GT(off.max().item<float>(), 0) << "nothing was packed";
-}
-
 // -inf among the values would make its group of 64 NaN: such a tensor is held as it is.
 TEST(Pipeline, InfinitiesThatAreSavedDoNotSpoilTheirNeighbours) {
   torch::manual_seed(2);
@@ -238,59 +202,6 @@ TEST(Pipeline, InfinitiesThatAreSavedDoNotSpoilTheirNeighbours) {
   const auto ours = gradient_of([&](auto&& f) { return pipeline.forward(f); });
   EXPECT_TRUE(ours.isfinite().all().item<bool>());
   EXPECT_LT((ours - plain).norm().item<float>(), 0.1 * plain.norm().item<float>());
-}
-
-/// d loss / d parameter and d (that . v) / d parameter by central differences, in fp64, against
-/// autograd through `Pipeline`: errors are h^2 times the third derivative and eps / h.
-template <class Pipeline>
-void expect_gradients_match_differences(const char* what) {
-  torch::manual_seed(5);
-  torch::nn::Sequential net(torch::nn::Linear(6, 8), torch::nn::GELU(),
-                            torch::nn::LayerNorm(torch::nn::LayerNormOptions({8})),
-                            torch::nn::Linear(8, 8), torch::nn::SiLU(), torch::nn::Linear(8, 3));
-  net->to(torch::kDouble);
-  const auto x = torch::randn({5, 6}, torch::kDouble), target = torch::randn({5, 3}, torch::kDouble);
-  Pipeline pipeline(net);
-  const auto parameters = net->parameters();
-  std::vector<torch::Tensor> along;
-  for (const auto& p : parameters) along.push_back(torch::randn_like(p));
-  const auto loss = [&] {
-    return pipeline.forward([&] { return torch::mse_loss(net->forward(x).tanh(), target); });
-  };
-  const auto slope = [&](bool create_graph) {  // the gradient along `along`
-    const auto gradients = torch::autograd::grad({loss()}, parameters, {}, true, create_graph);
-    auto sum = torch::zeros({}, torch::kDouble);
-    for (std::size_t i = 0; i < along.size(); ++i) sum = sum + (gradients[i] * along[i]).sum();
-    return sum;
-  };
-  constexpr double kStep = 1e-5;
-  const auto difference = [&](const auto& f) {
-    const auto moved = [&](double by) {
-      const torch::NoGradGuard no_grad;
-      for (std::size_t i = 0; i < along.size(); ++i) parameters[i].add_(along[i], by);
-    };
-    moved(kStep);
-    const double above = f();
-    moved(-2 * kStep);
-    const double below = f();
-    moved(kStep);
-    return (above - below) / (2 * kStep);
-  };
-  const double first = difference([&] { return loss().template item<double>(); });
-  EXPECT_NEAR(slope(false).template item<double>(), first, 1e-6 * std::abs(first) + 1e-8) << what;
-  const double second = difference([&] { return slope(false).template item<double>(); });
-  double curvature = 0;
-  const auto gradients = torch::autograd::grad({slope(true)}, parameters);
-  for (std::size_t i = 0; i < along.size(); ++i)
-    curvature += (gradients[i] * along[i]).sum().template item<double>();
-  EXPECT_NEAR(curvature, second, 1e-5 * std::abs(second) + 1e-7) << what;
-}
-
-TEST(Pipeline, ExactGradientsOfBothOrdersMatchDifferences) {
-  expect_gradients_match_differences<None>("none");
-  expect_gradients_match_differences<Exact>("exact");
-  expect_gradients_match_differences<CompressionPipeline<Blocks<>>>("blocks");
-  expect_gradients_match_differences<CompressionPipeline<Recompute<CheapOps>, Blocks<2>>>("both");
 }
 
 TEST(Pipeline, ExplainsWhyNothingWasSaved) {
