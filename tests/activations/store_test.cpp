@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <fourfold/activations/activations.hpp>
+#include <fourfold/activations/checkpoint.hpp>
 
 #include <ATen/autocast_mode.h>
 #include <gmock/gmock.h>
@@ -147,6 +148,46 @@ TEST(ActivationStore, DecompressedCopyGoesWithItsLastReader) {
     }();
     EXPECT_TRUE(dense.expired());
   });
+}
+
+TEST(ActivationStore, WhatWasDecodedIsNotRoundedAgain) {
+  torch::manual_seed(15);
+  const auto store = int4();
+  const auto x = made(torch::randn({64, 64}));
+  const auto saved = door::detail::pack_with(*store, x);
+  const std::int64_t held = store->held_bytes().current;
+  auto back = door::detail::unpack_from(*saved);
+  {
+    const auto again = door::detail::pack_with(*store, back.t().slice(0, 3, 60));
+    const auto expected = back.t().slice(0, 3, 60).clone();
+    EXPECT_EQ(store->held_bytes().current, held);
+    back.reset();
+    EXPECT_TRUE(torch::equal(door::detail::unpack_from(*again), expected));
+  }
+  back = door::detail::unpack_from(*saved);
+  back.mul_(3);  // other values: a payload of their own
+  const auto other = door::detail::pack_with(*store, back);
+  EXPECT_GT(store->held_bytes().current, held);
+  expect_near(door::detail::unpack_from(*other), back);
+}
+
+TEST(ActivationStore, ABlocksInputIsRoundedOnceInEightBits) {
+  torch::manual_seed(16);
+  const auto leaf = torch::randn({256, 128}).requires_grad_();
+  nn::Linear linear(128, 64);
+  const auto dy = torch::randn({256, 64});
+  const auto gradient = [&](bool packed) {
+    const auto run = [&] { return fourfold::checkpoint(linear, leaf * 1); };
+    const auto y = packed ? within(int4(), run) : run();
+    return torch::autograd::grad({y}, {linear->weight}, {dy})[0];
+  };
+  // A value is off by a step, twice the bound of the nearest; sums of 256 in another order.
+  const auto x = leaf.detach();
+  const auto bound =
+      dy.abs().t().mm(2 * Int8{}.error_bound(x)) + 256 * 0x1p-23 * dy.abs().t().mm(x.abs());
+  const auto difference = (gradient(true) - gradient(false)).abs();
+  EXPECT_GT(difference.max().item<double>(), 0);
+  EXPECT_TRUE((difference <= bound).all().item<bool>());
 }
 
 TEST(ActivationStore, ExpandedAndSlicedTensorsHoldTheirOwnValuesOnly) {

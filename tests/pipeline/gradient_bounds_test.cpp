@@ -63,6 +63,8 @@ struct Saving {
   [[nodiscard]] Ball of_value(const Ball& x) const { return values ? packed(x, *values) : x; }
   [[nodiscard]] Ball of_softmax(const Ball& x) const { return softmax ? packed(x, *softmax) : x; }
   [[nodiscard]] Ball of_input(const Ball& x) const { return input ? packed(x, *input) : x; }
+  /// What of_input gave, saved: where a block decoded it, its payload serves again.
+  [[nodiscard]] Ball of_held(const Ball& x) const { return input ? x : of_value(x); }
 };
 constexpr Saving kNothing{};
 constexpr Saving kBalanced{.values = Int4::kFormat, .softmax = Int8::kFormat};
@@ -78,7 +80,7 @@ static_assert(
                                                  Blocks<>, OptimizerStates<Int8>>>);
 using BalancedWithTwoBits = CompressionPipeline<Activations<Int2, Int8>, Recompute<CheapOps>>;
 using SmallestWithTwoBits =
-    CompressionPipeline<Activations<Int2, Int8>, Recompute<CheapOps>, Blocks<>>;
+    CompressionPipeline<Activations<Int2, Int2>, Recompute<CheapOps>, Blocks<>>;
 
 /// A module, what it is given, and the gradient of its result.
 struct Case {
@@ -126,7 +128,7 @@ Case linear() {
     return d.t().matmul(in);
   };
   const auto gradients = [=](const Saving& saving) -> std::vector<Ball> {
-    const Ball d = exactly(dy), held = saving.of_value(saving.of_input(exactly(x)));
+    const Ball d = exactly(dy), held = saving.of_held(saving.of_input(exactly(x)));
     return {bilinear(weight_gradient, d, held, 8), sum(d, 0), matmul(d, exactly(layer->weight))};
   };
   const auto forward = [=](const at::Tensor& in) mutable { return net->forward(in); };
@@ -151,7 +153,7 @@ Case convolution() {
     return std::get<0>(backward(d, some_x, weight));
   };
   const auto gradients = [=](const Saving& saving) -> std::vector<Ball> {
-    const Ball d = exactly(dy), held = saving.of_value(saving.of_input(exactly(x)));
+    const Ball d = exactly(dy), held = saving.of_held(saving.of_input(exactly(x)));
     const Ball rows = moved(d, [](const auto& values) {
       return values.transpose(0, 1).reshape({kOut, kPixels});
     });
@@ -191,7 +193,7 @@ Case recurrent(bool onednn) {
     const auto p = lstm->named_parameters();
     const Ball w_ih = exactly(p["weight_ih_l0"]), w_hh = exactly(p["weight_hh_l0"]);
     const Ball bias = exactly(p["bias_ih_l0"]) + exactly(p["bias_hh_l0"]);
-    const Ball input = saving.of_input(exactly(x)), held = saving.of_value(input);
+    const Ball input = saving.of_input(exactly(x)), held = saving.of_held(input);
     const auto at_step = [](const Ball& b, std::int64_t t) {
       return moved(b, [&](const auto& values) { return values[t]; });
     };
@@ -303,7 +305,7 @@ Case attention() {
     const Ball p = softmax(matmul(heads(q), transposed(heads(k))));
     const Ball a = merged(matmul(p, heads(v)));
     // as backward reads them
-    const Ball x_held = saving.of_value(input), q_held = heads(saving.of_value(q)),
+    const Ball x_held = saving.of_held(input), q_held = heads(saving.of_value(q)),
                k_held = heads(saving.of_value(k)), v_held = heads(saving.of_value(v)),
                p_held = saving.of_softmax(p), a_held = saving.of_value(a);
     const Ball d = rows(exactly(dy)), da = heads(matmul(d, w_out));
@@ -342,7 +344,7 @@ Case by_hand() {
     const Ball input = saving.of_input(exactly(x));
     const Ball u = matmul(normal(input) * gain, transposed(up));
     const Ball z = matmul(silu(u), transposed(down)) + input;
-    const Ball x_held = saving.of_value(input), u_held = saving.of_value(u);
+    const Ball x_held = saving.of_held(input), u_held = saving.of_value(u);
 
     const Ball d = exactly(dy) * positive(z) * 2;
     const Ball du = matmul(d, down) * silu_slope(u_held);
@@ -443,9 +445,8 @@ TEST_F(GradientBounds, SmallestStaysWithinTheCodesBound) {
 // dW' - dW is a sum of c e, where e has mean 0 and lies in an interval of one step. By Hoeffding's
 // inequality the mean over K draws is off by t or more with probability 2 exp(-2 K t^2 / s) at
 // most, s the sum of (c step)^2; for all N elements together with 1e-9 if t^2 = ln(2 N / 1e-9) s /
-// (2 K). A block's input is rounded twice, the second time with mean 0 whatever the first did: by
-// Azuma's, squares of both steps add. To t comes the codes' own bias, 2^-17 of a step and fp32's
-// rounding (int_code.hpp), at most 2^-16 of the worst case here.
+// (2 K). To t comes the codes' own bias, 2^-17 of a step and fp32's rounding (int_code.hpp), at most
+// 2^-16 of the worst case here.
 template <class Preset>
 void expect_unbiased(const Saving& saving) {
   constexpr int kDraws = 128;
@@ -455,9 +456,9 @@ void expect_unbiased(const Saving& saving) {
     const at::Tensor expected = plain(model)[0].to(at::kDouble);
     at::Tensor total = torch::zeros_like(expected);
     for (int draw = 0; draw < kDraws; ++draw) total += with(pipeline, model)[0];
-    const Ball input = saving.of_input(exactly(model.x)), held = saving.of_value(input);
-    const at::Tensor squares = input.rad.square() + (held.rad - input.rad).square();
-    const at::Tensor s = model.weight_gradient(model.dy.to(at::kDouble).square(), squares);
+    const Ball held = saving.of_held(saving.of_input(exactly(model.x)));
+    const at::Tensor s =
+        model.weight_gradient(model.dy.to(at::kDouble).square(), held.rad.square());
     const double logarithm = std::log(2e9 * static_cast<double>(expected.numel()));
     const at::Tensor t = (s * logarithm / (2 * kDraws)).sqrt() +
                          0x1p-16 * model.gradients(saving)[0].rad +

@@ -19,7 +19,7 @@
 ///  2. held as it is: integers, complex; what its operator has yet to write; small (under
 ///     `min_numel` values or `min_bytes`); a constant from outside of the scope; statistics (an
 ///     eighth of its operator's largest argument or less); what `keep` says;
-///  3. held by what holds its storage already;
+///  3. held by what holds its storage already, or by what it was decoded from;
 ///  4. held exactly in one bit a value: dropout's noise and boolean masks, and what the backward of
 ///     relu and leaky_relu asks of it;
 ///  5. not held, but computed again from what is held anyway (`recompute`);
@@ -118,6 +118,7 @@ class ActivationStore final : public door::SavedTensors,
                                     PackFunction pack);
   Stored choose(const at::Tensor& tensor, const detail::Extent& extent, PackFunction pack,
                 detail::Tape* tape);
+  Stored decoded(const at::Tensor& tensor, const detail::Extent& extent);
   Stored borrowed(const at::Tensor& tensor, const detail::Extent& extent);
   Stored mask(const at::Tensor& tensor, const detail::Extent& extent);
   Stored sign(const at::Tensor& tensor, const detail::Extent& extent, bool positive);
@@ -257,6 +258,7 @@ inline std::shared_ptr<door::Saved> ActivationStore::hold(const at::Tensor& tens
     totals_->kept.fetch_add(1, std::memory_order_relaxed);
     return std::make_shared<detail::SavedAsIs>(tensor, std::move(found));
   }
+  if (Stored source = decoded(tensor, extent)) return as(source, std::move(view));
   if (options_.payload_of && extent.dense())
     if (Stored lent = borrowed(tensor, extent)) return as(lent, std::move(view));
   if (!active()) return keep(tensor);
@@ -271,6 +273,17 @@ inline std::shared_ptr<door::Saved> ActivationStore::hold(const at::Tensor& tens
   }
   const Stored stored = choose(tensor, extent, pack, tape);
   return stored == nullptr ? keep(tensor, tape) : as(stored, std::move(view));
+}
+
+inline ActivationStore::Stored ActivationStore::decoded(const at::Tensor& tensor,
+                                                        const detail::Extent& extent) {
+  const c10::Storage& storage = tensor.storage();
+  Stored source = index_->decoded_from(storage.unsafeGetStorageImpl());
+  if (source == nullptr) return nullptr;
+  auto stored = std::make_shared<detail::Decoded>(index_->use(storage), std::move(source));
+  if (!stored->has(tensor._version(), tensor.scalar_type(), extent)) return nullptr;
+  index_->add(stored);
+  return stored;
 }
 
 inline ActivationStore::Stored ActivationStore::borrowed(const at::Tensor& tensor,

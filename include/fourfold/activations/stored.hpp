@@ -100,6 +100,7 @@ class Stored {
     return version_ == version && dtype_ == dtype && extent_.covers(extent);
   }
   [[nodiscard]] const Extent& extent() const { return extent_; }
+  [[nodiscard]] at::ScalarType dtype() const { return dtype_; }
   [[nodiscard]] const std::shared_ptr<StorageUse>& use() const { return use_; }
 
  protected:
@@ -184,12 +185,32 @@ class StorageIndex : public std::enable_shared_from_this<StorageIndex> {
     return exact_.contains(key);
   }
 
+  /// `storage` is what the dense `source` decoded to. Where it is saved again (an input of a block
+  /// that is recomputed), it is not rounded again.
+  void mark_decoded(const c10::Storage& storage, std::weak_ptr<Stored> source) {
+    const std::lock_guard lock(mutex_);
+    std::erase_if(decoded_, [](const Decoding& one) { return one.storage.expired(); });
+    decoded_.push_back({storage.getWeakStorageImpl(), std::move(source)});
+  }
+  /// What `key` was decoded from, or null.
+  [[nodiscard]] std::shared_ptr<Stored> decoded_from(c10::StorageImpl* key) const {
+    const std::lock_guard lock(mutex_);
+    for (const Decoding& one : decoded_)
+      if (one.storage._unsafe_get_target() == key) return one.source.lock();
+    return nullptr;
+  }
+
  private:
   friend class StorageUse;
   struct Entry {
     std::weak_ptr<StorageUse> use;
     std::weak_ptr<HeldStorage> held;
     std::vector<std::weak_ptr<Stored>> stored;
+  };
+
+  struct Decoding {
+    WeakStorage storage;
+    std::weak_ptr<Stored> source;
   };
 
   void forget(c10::StorageImpl* key) {
@@ -215,6 +236,7 @@ class StorageIndex : public std::enable_shared_from_this<StorageIndex> {
   std::unordered_map<c10::StorageImpl*, Entry> entries_;
   std::unordered_map<c10::StorageImpl*, WeakStorage> exact_;
   std::size_t sweep_at_ = 64;
+  std::vector<Decoding> decoded_;  // what is decoded just now: few
 };
 
 inline void StorageUse::note_saved() {
@@ -278,7 +300,7 @@ class Kept final : public Stored {
 };
 
 /// A payload. While anybody reads what it decompressed to, everybody reads the same copy.
-class Packed final : public Stored {
+class Packed final : public Stored, public std::enable_shared_from_this<Packed> {
  public:
   /// `borrowed`: the payload is somebody else's (a packed parameter's), its bytes are not ours.
   Packed(std::shared_ptr<StorageUse> use, std::int64_t version, at::ScalarType dtype, Extent extent,
@@ -305,6 +327,7 @@ class Packed final : public Stored {
       values = around;
     }
     dense_ = values.storage().getWeakStorageImpl();
+    if (extent_.dense()) use_->index()->mark_decoded(values.storage(), weak_from_this());
     return values.storage();
   }
   bool exact() const override { return exact_; }
@@ -316,6 +339,22 @@ class Packed final : public Stored {
   const std::int64_t bytes_;
   std::mutex mutex_;
   WeakStorage dense_{c10::Storage().getWeakStorageImpl()};
+};
+
+/// What another payload decoded to, saved once more: held by that payload.
+class Decoded final : public Stored {
+ public:
+  Decoded(std::shared_ptr<StorageUse> use, std::shared_ptr<Stored> source)
+      : Stored(std::move(use), /*version=*/0, source->dtype(),
+               Extent::whole(source->extent().span)),
+        source_(std::move(source)) {}
+
+  c10::Storage storage() override { return source_->storage(); }
+  bool exact() const override { return true; }  // it decodes to the same values each time
+  StoredAs kind() const override { return source_->kind(); }
+
+ private:
+  const std::shared_ptr<Stored> source_;
 };
 
 /// In the graph: one saved tensor as a view of what is stored.
