@@ -174,12 +174,12 @@ TEST(Pipeline, WithoutWorkForAScopeThereIsNothingToExplain) {
 
 TEST(Pipeline, PoliciesAreFoundInAnyOrder) {
   using Turned = CompressionPipeline<OptimizerStates<Int8>, Recompute<CheapOps>, Activations<Int4>>;
-  expect_equal(train<Turned>(pipeline_models::linear, 5), train<Balanced>(pipeline_models::linear, 5),
-               "turned");
-  using Wrapped = CompressionPipeline<Blocks<>, OptimizerStates<Int8>, Activations<Int4>,
-                                      Recompute<CheapOps>>;
-  expect_equal(train<Wrapped>(pipeline_models::linear, 5), train<Smallest>(pipeline_models::linear, 5),
-               "turned");
+  expect_equal(train<Turned>(pipeline_models::linear, 5),
+               train<Balanced>(pipeline_models::linear, 5), "turned");
+  using Wrapped =
+      CompressionPipeline<Blocks<>, OptimizerStates<Int8>, Activations<Int4>, Recompute<CheapOps>>;
+  expect_equal(train<Wrapped>(pipeline_models::linear, 5),
+               train<Smallest>(pipeline_models::linear, 5), "turned");
 }
 
 // -inf among the values would make its group of 64 NaN: such a tensor is held as it is.
@@ -224,7 +224,9 @@ TEST(Pipeline, AScopeIsEnteredOnce) {
   Balanced pipeline(layer);
   const auto scope = pipeline.scope();
   EXPECT_THAT([&] { const auto again = pipeline.scope(); },
-              testing::ThrowsMessage<c10::Error>(HasSubstr("a scope is entered once")));
+              testing::ThrowsMessage<c10::Error>(HasSubstr(
+                  "a scope of this pipeline (or packer) is open on this thread already (1 "
+                  "scopes deep); leave it before")));
 }
 
 TEST(Pipeline, ScopesOfTwoPipelinesNest) {
