@@ -4,6 +4,7 @@
 /// linear head. All that it knows of fourfold is block(), which names what a pipeline may recompute
 /// and is a plain call under any other. examples/train_lm and bench/train_step share it.
 #include <fourfold/activations/blocks.hpp>
+#include <fourfold/activations/linear_cross_entropy.hpp>
 
 #include <torch/nn.h>
 
@@ -76,15 +77,23 @@ class TransformerImpl : public torch::nn::Module {
     position_->weight.normal_(0.0, 0.02);
   }
 
-  torch::Tensor forward(const torch::Tensor& tokens) {
+  torch::Tensor forward(const torch::Tensor& tokens) { return head_(hidden(tokens)); }
+
+  /// Cross entropy of the logits, which exist for a few rows at a time. target: (batch, tokens).
+  torch::Tensor loss(const torch::Tensor& tokens, const torch::Tensor& target) {
+    return fourfold::linear_cross_entropy(hidden(tokens), head_->weight, target,
+                                          {.bias = head_->bias});
+  }
+
+ private:
+  torch::Tensor hidden(const torch::Tensor& tokens) {
     auto x = token_(tokens) + position_(torch::arange(tokens.size(1), tokens.options()));
     for (const auto& child : *blocks_) {
       x = fourfold::block(std::static_pointer_cast<BlockImpl>(child), x);
     }
-    return head_(norm_(x));
+    return norm_(x);
   }
 
- private:
   torch::nn::Embedding token_{nullptr}, position_{nullptr};
   torch::nn::ModuleList blocks_{nullptr};
   torch::nn::LayerNorm norm_{nullptr};

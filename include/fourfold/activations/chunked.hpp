@@ -41,7 +41,7 @@ template <class Loss>
       return tensor.size(0);
     };
     const std::int64_t rows = rows_of(first);
-    const auto check = [&](const at::Tensor& tensor) {
+    [[maybe_unused]] const auto check = [&](const at::Tensor& tensor) {
       TORCH_CHECK(rows_of(tensor) == rows, "chunked(loss, n): the first tensor has ", rows,
                   " rows and another ", rows_of(tensor),
                   "; all are split alike, so capture in the loss what is not by rows");
