@@ -3,13 +3,13 @@
 /// A model's tensors apart from the model: gathered from one, written, read, and given to another
 /// in two steps, of which the first may fail and the second changes it.
 #include <ATen/ops/zeros.h>
+#include <fourfold/core/pointer_map.hpp>
 #include <fourfold/torch/parameters.hpp>
 #include <fourfold/weights/module_tensors.hpp>
 #include <fourfold/weights/payload_formats.hpp>
 #include <fourfold/weights/save_format.hpp>
 
 #include <sstream>
-#include <unordered_map>
 #include <unordered_set>
 
 namespace fourfold::inline v0::detail {
@@ -38,26 +38,25 @@ struct SavedModel {
 
 inline SavedModel gather(const NamedTensors& parameters, const NamedTensors& buffers) {
   SavedModel saved;
-  std::unordered_map<const void*, std::uint64_t> seen;  // payload or TensorImpl -> index
+  PointerMap<std::uint64_t> seen;  // payload or TensorImpl -> index
   const auto add = [&](bool buffer, const std::string& name, const at::Tensor& tensor) {
     SavedEntry entry{buffer, name, door::is_packed(tensor), 0, tensor.sizes().vec(), {}, 0};
     if (entry.packed) {
       const auto payload = door::payload_of(tensor);
-      const auto [found, is_new] = seen.try_emplace(payload.get(), saved.payloads.size());
-      if (is_new)
+      const std::uint64_t* known = seen.find(payload.get());
+      entry.index = known ? *known : seen.put(payload.get(), saved.payloads.size());
+      if (entry.index == saved.payloads.size())
         saved.payloads.push_back(
             {payload->codec(), payload->dtype(), payload->sizes().vec(), payload->buffers()});
-      entry.index = found->second;
       entry.strides = tensor.strides().vec();
       entry.offset = tensor.storage_offset();
     } else {
       TORCH_CHECK(tensor.layout() == at::kStrided && !tensor.is_quantized() && !tensor.is_meta(),
                   "fourfold::save writes packed and dense tensors, but '", name, "' has layout ",
                   tensor.layout(), " and device ", tensor.device(), "; convert it first");
-      const auto [found, is_new] =
-          seen.try_emplace(tensor.unsafeGetTensorImpl(), saved.tensors.size());
-      if (is_new) saved.tensors.push_back(tensor);
-      entry.index = found->second;
+      const std::uint64_t* known = seen.find(tensor.unsafeGetTensorImpl());
+      entry.index = known ? *known : seen.put(tensor.unsafeGetTensorImpl(), saved.tensors.size());
+      if (entry.index == saved.tensors.size()) saved.tensors.push_back(tensor);
     }
     saved.entries.push_back(std::move(entry));
   };
