@@ -13,7 +13,6 @@
 #include <cstdint>
 #include <memory>
 #include <string_view>
-#include <unordered_map>
 #include <utility>
 #include <vector>
 
@@ -258,9 +257,8 @@ class Tape final : public door::OperatorObserver {
   }
 
   const OperatorTraits& traits_of(const c10::OperatorHandle& op) {
-    const auto found = traits_.find(op);
-    if (found != traits_.end()) return found->second;
-    return traits_.emplace(op, OperatorTraits(op, cheap_)).first->second;
+    const OperatorTraits* const known = traits_.find(&op.schema());
+    return known != nullptr ? *known : traits_.put(&op.schema(), OperatorTraits(op, cheap_));
   }
 
   Frame& push() {
@@ -276,7 +274,7 @@ class Tape final : public door::OperatorObserver {
 
   const std::shared_ptr<StorageIndex> index_;
   const std::vector<std::string_view> cheap_;
-  std::unordered_map<c10::OperatorHandle, OperatorTraits> traits_;
+  PointerMap<OperatorTraits> traits_;  // by schema
   PointerMap<Origin> origins_;
   std::size_t sweep_at_ = 256;
   std::vector<std::unique_ptr<Frame>> frames_;

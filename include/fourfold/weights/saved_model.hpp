@@ -36,7 +36,8 @@ struct SavedModel {
   std::vector<at::Tensor> tensors;
 };
 
-inline SavedModel gather(const NamedTensors& parameters, const NamedTensors& buffers) {
+template <class = void>
+SavedModel gather(const NamedTensors& parameters, const NamedTensors& buffers) {
   SavedModel saved;
   PointerMap<std::uint64_t> seen;  // payload or TensorImpl -> index
   const auto add = [&](bool buffer, const std::string& name, const at::Tensor& tensor) {
@@ -65,7 +66,8 @@ inline SavedModel gather(const NamedTensors& parameters, const NamedTensors& buf
   return saved;
 }
 
-inline void write_body(SaveWriter& out, const SavedModel& saved) {
+template <class = void>
+void write_body(SaveWriter& out, const SavedModel& saved) {
   out.number(std::uint64_t{saved.entries.size()});
   for (const SavedEntry& entry : saved.entries) {
     out.number(static_cast<std::uint8_t>(entry.buffer));
@@ -88,7 +90,8 @@ inline void write_body(SaveWriter& out, const SavedModel& saved) {
   for (const at::Tensor& tensor : saved.tensors) out.tensor(tensor);
 }
 
-inline void write_model(std::ostream& out, const SavedModel& saved) {
+template <class = void>
+void write_model(std::ostream& out, const SavedModel& saved) {
   SaveWriter measure(nullptr);
   write_body(measure, saved);
   out.write(kSaveMagic.data(), static_cast<std::streamsize>(kSaveMagic.size()));
@@ -102,7 +105,8 @@ inline void write_model(std::ostream& out, const SavedModel& saved) {
   out.flush();
 }
 
-inline SavedModel read_body(SaveReader& in) {
+template <class = void>
+SavedModel read_body(SaveReader& in) {
   SavedModel saved;
   saved.entries.resize(in.count(2 + 5 * 8));
   for (SavedEntry& entry : saved.entries) {
@@ -128,7 +132,8 @@ inline SavedModel read_body(SaveReader& in) {
 }
 
 /// Reads and checks everything that can be checked without a model.
-inline SavedModel read_model(std::istream& in, const std::string& what) {
+template <class = void>
+SavedModel read_model(std::istream& in, const std::string& what) {
   std::string magic(kSaveMagic.size(), '\0');
   std::uint32_t version = 0;
   std::uint64_t length = 0, sum = 0;
