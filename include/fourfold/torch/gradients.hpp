@@ -110,6 +110,7 @@ class [[nodiscard]] GradientHooks {
   [[nodiscard]] std::size_t size() const { return leaves_.size(); }
 
  private:
+  template <class>
   friend GradientHooks after_gradients(at::TensorList, AfterGradient);
   using WeakLeaf = c10::weak_intrusive_ptr<at::TensorImpl, c10::UndefinedTensorImpl>;
 
