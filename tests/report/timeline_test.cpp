@@ -315,6 +315,9 @@ TEST_F(Timelines, TraceHasTheFieldsOfTheFormat) {
       last = event.at("ts").get<double>();
     } else if (phase == "X") {
       EXPECT_GE(event.at("dur").get<double>(), 0);
+      for (const char* key : {"ts", "dur"}) {  // whatever a reader's arithmetic, nesting holds
+        EXPECT_EQ(std::fmod(event.at(key).get<double>() * 8, 1), 0);
+      }
       EXPECT_THAT(named, testing::Contains(event.at("tid").get<std::int64_t>()));
       EXPECT_LE(event.at("ts").get<double>() + event.at("dur").get<double>(), 1e9);
     } else if (phase == "i") {
@@ -578,6 +581,7 @@ TEST_F(Timelines, SnapshotIsTheDictionaryOfMemoryViz) {
       found |= at_key(frame, "name").toStringRef() == "aten::addmm";
   }
   EXPECT_EQ(start + change, timeline.bytes().current);
+  EXPECT_EQ(live, timeline.bytes().current);
   EXPECT_GE(live, 9 << 20);
   EXPECT_TRUE(found);
 }

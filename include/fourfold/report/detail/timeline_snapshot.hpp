@@ -6,8 +6,8 @@
 ///   segments        one with one block in it for each block that lives at the end
 ///   device_traces   [segment_alloc, alloc; free_requested, free_completed, segment_free]
 /// A block's frames are its operator, what that ran within, and its place, which stands for the
-/// file. A move between places has no entry of its own; blocks older than the recording are known
-/// where they are freed in it, and else are not there.
+/// file. A move between places has no entry of its own. What is older than the recording and is
+/// not freed in it is one block, so that the plot's height is that of the timeline.
 #include <fourfold/report/detail/recording.hpp>
 
 #include <cstdint>
@@ -21,9 +21,10 @@ namespace fourfold::inline v0::detail {
 class PickleWriter {
  public:
   explicit PickleWriter(std::ostream& out) : out_(out) { out_ << "\x80\x02"; }
-  void list() { out_ << "]("; }  // EMPTY_LIST MARK
-  void end_list() { out_ << 'e'; }
-  void dict() { out_ << "}("; }  // EMPTY_DICT MARK
+  void list() { out_ << ']'; }       // EMPTY_LIST
+  void items() { out_ << '('; }      // MARK
+  void end_items() { out_ << 'e'; }  // APPENDS
+  void dict() { out_ << "}("; }      // EMPTY_DICT MARK
   void end_dict() { out_ << 'u'; }
   void text(std::string_view utf8) {  // BINUNICODE
     out_ << 'X';
@@ -47,21 +48,45 @@ class PickleWriter {
   std::ostream& out_;
 };
 
+/// Appended to a thousand at a time, as Python's pickler has it: readers put them on their stack.
+class PickledList {
+ public:
+  explicit PickledList(PickleWriter& pickle) : pickle_(pickle) { pickle_.list(); }
+  void next() {  // an item follows
+    if (count_ % 1000 == 0) {
+      end();
+      pickle_.items();
+    }
+    ++count_;
+  }
+  void end() const {
+    if (count_ > 0) pickle_.end_items();
+  }
+
+ private:
+  PickleWriter& pickle_;
+  std::int64_t count_ = 0;
+};
+
 inline void pickle_frames(PickleWriter& pickle, const Recording& recording,
                           const MemoryChange& change) {
-  pickle.text("frames"), pickle.list();
+  pickle.text("frames");
+  PickledList frames(pickle);
   for (const std::uint32_t name : {change.name, change.within}) {
     if (name == 0) continue;
+    frames.next();
     pickle.dict();
     pickle.entry("filename", fourfold::name(change.place)), pickle.entry("line", 0);
     pickle.entry("name", recording.names[name]);
     pickle.end_dict();
   }
-  pickle.end_list();
+  frames.end();
 }
 
 inline void pickle_trace(PickleWriter& pickle, const Recording& recording) {
+  PickledList entries(pickle);
   const auto entry = [&](const char* action, const MemoryChange& change) {
+    entries.next();
     pickle.dict();
     pickle.entry("action", action);
     pickle.entry("addr", static_cast<std::int64_t>(reinterpret_cast<std::uintptr_t>(change.block)));
@@ -77,6 +102,7 @@ inline void pickle_trace(PickleWriter& pickle, const Recording& recording) {
       entry("free_requested", change), entry("free_completed", change),
           entry("segment_free", change);
   }
+  entries.end();
 }
 
 inline void pickle_segment(PickleWriter& pickle, const Recording& recording,
@@ -90,29 +116,44 @@ inline void pickle_segment(PickleWriter& pickle, const Recording& recording,
   pickle.text("segment_pool_id"), pickle.integer(0), pickle.integer(0), pickle.pair();
   pickle.text("is_expandable"), pickle.boolean(false);
   pickle_frames(pickle, recording, change);
-  pickle.text("blocks"), pickle.list(), pickle.dict();
+  pickle.text("blocks"), pickle.list(), pickle.items(), pickle.dict();
   pickle.entry("address", address), pickle.entry("size", change.bytes);
   pickle.entry("requested_size", change.bytes), pickle.entry("state", "active_allocated");
   pickle_frames(pickle, recording, change);
-  pickle.end_dict(), pickle.end_list(), pickle.end_dict();
+  pickle.end_dict(), pickle.end_items(), pickle.end_dict();
 }
 
 inline void write_snapshot(std::ostream& out, const Recording& recording) {
   std::unordered_map<const void*, MemoryChange> live;
+  std::int64_t older = sum(recording.start);
   for (const MemoryChange& change : recording.changes) {
     if (change.kind == MemoryChange::Kind::kAdded) live.insert_or_assign(change.block, change);
-    if (change.kind == MemoryChange::Kind::kRemoved) live.erase(change.block);
+    if (change.kind == MemoryChange::Kind::kRemoved && live.erase(change.block) == 0)
+      older -= change.bytes;
   }
+  if (older > 0)  // at an address that no block of a process has, and that a double holds
+    live[nullptr] = {.at = 0,
+                     .block = reinterpret_cast<const void*>(std::uintptr_t{1} << 50),
+                     .bytes = older,
+                     .name = 0,
+                     .within = 0,
+                     .place = Place::kOther,
+                     .from = Place::kOther,
+                     .kind = MemoryChange::Kind::kAdded};
   PickleWriter pickle(out);
   pickle.dict();
-  pickle.text("segments"), pickle.list();
-  for (const auto& [block, change] : live) pickle_segment(pickle, recording, change);
-  pickle.end_list();
-  pickle.text("device_traces"), pickle.list(), pickle.list();
+  pickle.text("segments");
+  PickledList segments(pickle);
+  for (const auto& [block, change] : live) {
+    segments.next();
+    pickle_segment(pickle, recording, change);
+  }
+  segments.end();
+  pickle.text("device_traces"), pickle.list(), pickle.items();
   pickle_trace(pickle, recording);
-  pickle.end_list(), pickle.end_list();
+  pickle.end_items();
   pickle.text("allocator_settings"), pickle.dict(), pickle.end_dict();
-  pickle.text("external_annotations"), pickle.list(), pickle.end_list();
+  pickle.text("external_annotations"), pickle.list();
   pickle.end_dict(), pickle.end();
 }
 

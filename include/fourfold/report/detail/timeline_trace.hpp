@@ -17,11 +17,12 @@
 
 namespace fourfold::inline v0::detail {
 
-/// Nanoseconds as microseconds, exactly: "12.345".
+/// Nanoseconds as microseconds, down to the last eighth: "12.375". A double holds eighths exactly, so
+/// slices nest for a reader that multiplies and truncates (Perfetto's importer does).
 inline std::string microseconds(std::int64_t ns) {
   char text[32];
   std::snprintf(text, sizeof text, "%lld.%03lld", static_cast<long long>(ns / 1000),
-                static_cast<long long>(ns % 1000));
+                static_cast<long long>(ns % 1000 / 125 * 125));
   return text;
 }
 inline std::string milliseconds(std::int64_t ns) {
@@ -30,20 +31,40 @@ inline std::string milliseconds(std::int64_t ns) {
   return text;
 }
 
-inline void trace_counters(std::ostream& out, const std::string& process, std::int64_t at,
-                           const PlaceSums& now) {
-  out << ",\n{\"ph\": \"C\", \"name\": \"memory\", " << process << ", \"ts\": " << microseconds(at)
-      << ", \"args\": {";
+/// Up to its names: `ts` comes first, since an older Perfetto looks for it from the left and stumbles
+/// over what may stand before it.
+inline void trace_event(std::ostream& out, const char* phase, std::int64_t at,
+                        std::int64_t thread) {
+  out << "{\"ph\": \"" << phase << "\", \"ts\": " << microseconds(at) << ", \"pid\": " << ::getpid()
+      << ", \"tid\": " << thread << ", ";
+}
+
+inline void trace_counters(std::ostream& out, std::int64_t at, const PlaceSums& now) {
+  out << ",\n";
+  trace_event(out, "C", at, ::getpid());
+  out << "\"name\": \"memory\", \"args\": {";
   for (std::size_t i = 0; i < kPlaces; ++i)
     out << (i > 0 ? ", " : "") << '"' << name(static_cast<Place>(i)) << "\": " << now[i];
   out << "}}";
 }
 
-inline void trace_peak(std::ostream& out, const std::string& process, const Recording& recording) {
+inline void trace_slice(std::ostream& out, const Recording& recording, const RangeSlice& slice) {
+  constexpr const char* kCategories[] = {"operator", "backward", "user"};
+  constexpr std::int64_t kEighth = 125;  // both ends rounded down: what lay within still does
+  const std::int64_t begin = slice.begin / kEighth * kEighth, end = slice.end / kEighth * kEighth;
+  out << ",\n";
+  trace_event(out, "X", begin, recording.threads[slice.thread].id);
+  out << "\"dur\": " << microseconds(end - begin) << ", \"cat\": \""
+      << kCategories[static_cast<std::size_t>(slice.kind)]
+      << "\", \"name\": " << json_string(recording.names[slice.name]) << '}';
+}
+
+inline void trace_peak(std::ostream& out, const Recording& recording) {
   const RecordedPeak peak = recording.peak();
-  out << ",\n{\"ph\": \"i\", \"s\": \"p\", \"name\": \"peak\", \"cat\": \"memory\", " << process
-      << ", \"tid\": 0, \"ts\": " << microseconds(peak.at)
-      << ", \"args\": {\"bytes\": " << peak.bytes << ", \"owners\": [";
+  out << ",\n";
+  trace_event(out, "i", peak.at, ::getpid());
+  out << "\"s\": \"p\", \"name\": \"peak\", \"cat\": \"memory\", \"args\": {\"bytes\": "
+      << peak.bytes << ", \"owners\": [";
   const char* separator = "";
   for (const BlockOwner& owner : recording.owners(peak, 30)) {
     out << separator << "\n  {\"bytes\": " << owner.bytes << ", \"place\": \"" << name(owner.place)
@@ -59,31 +80,25 @@ inline void trace_peak(std::ostream& out, const std::string& process, const Reco
 }
 
 inline void write_trace(std::ostream& out, const Recording& recording) {
-  const std::string process = "\"pid\": " + std::to_string(::getpid());
-  out << "{\"displayTimeUnit\": \"ms\", \"otherData\": {\"recorded_by\": \"fourfold\", "
-         "\"missed_changes\": "
-      << recording.missed_changes << ", \"missed_slices\": " << recording.missed_slices
-      << "}, \"traceEvents\": [\n{\"ph\": \"M\", \"name\": \"process_name\", " << process
-      << ", \"tid\": 0, \"args\": {\"name\": \"fourfold timeline\"}}";
-  for (const RecordedThread& thread : recording.threads)
-    out << ",\n{\"ph\": \"M\", \"name\": \"thread_name\", " << process << ", \"tid\": " << thread.id
-        << ", \"args\": {\"name\": " << json_string(thread.name) << "}}";
-  trace_counters(out, process, 0, recording.start);
+  out << "{\"traceEvents\": [\n";
+  trace_event(out, "M", 0, ::getpid());
+  out << "\"name\": \"process_name\", \"args\": {\"name\": \"fourfold timeline\"}}";
+  for (const RecordedThread& thread : recording.threads) {
+    out << ",\n";
+    trace_event(out, "M", 0, thread.id);
+    out << "\"name\": \"thread_name\", \"args\": {\"name\": " << json_string(thread.name) << "}}";
+  }
+  trace_counters(out, 0, recording.start);
   PlaceSums last = recording.start;
   recording.replay([&](const MemoryChange& change, const PlaceSums& now) {
-    trace_counters(out, process, change.at, now);
+    trace_counters(out, change.at, now);
     last = now;
   });
-  trace_counters(out, process, recording.length, last);
-  constexpr const char* kCategories[] = {"operator", "backward", "user"};
-  for (const RangeSlice& slice : recording.slices)
-    out << ",\n{\"ph\": \"X\", \"name\": " << json_string(recording.names[slice.name])
-        << ", \"cat\": \"" << kCategories[static_cast<std::size_t>(slice.kind)] << "\", " << process
-        << ", \"tid\": " << recording.threads[slice.thread].id
-        << ", \"ts\": " << microseconds(slice.begin)
-        << ", \"dur\": " << microseconds(slice.end - slice.begin) << '}';
-  trace_peak(out, process, recording);
-  out << "\n]}\n";
+  trace_counters(out, recording.length, last);
+  for (const RangeSlice& slice : recording.slices) trace_slice(out, recording, slice);
+  trace_peak(out, recording);
+  out << "\n], \"otherData\": {\"recorded_by\": \"fourfold\", \"missed_changes\": "
+      << recording.missed_changes << ", \"missed_slices\": " << recording.missed_slices << "}}\n";
 }
 
 }  // namespace fourfold::inline v0::detail
