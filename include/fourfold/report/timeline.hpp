@@ -25,7 +25,9 @@
 #include <fourfold/report/detail/timeline_snapshot.hpp>
 #include <fourfold/report/detail/timeline_trace.hpp>
 
+#include <array>
 #include <cerrno>
+#include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <fstream>

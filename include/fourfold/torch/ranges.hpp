@@ -13,8 +13,9 @@
 /// comments warn of it, and LibTorch's own on-demand profiler does so; each thread takes a new list
 /// of callbacks from under a lock at its next operator (tests/report/timeline_test.cpp tries).
 #include <ATen/record_function.h>
+#include <c10/util/Exception.h>
 
-#include <cstdint>
+#include <memory>
 #include <mutex>
 
 namespace fourfold::door {

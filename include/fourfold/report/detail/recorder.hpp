@@ -12,16 +12,18 @@
 #include <fourfold/torch/allocator.hpp>
 #include <fourfold/torch/ranges.hpp>
 
+#include <algorithm>
 #include <array>
 #include <atomic>
 #include <chrono>
+#include <cstddef>
 #include <cstdint>
-#include <cstring>
+#include <functional>
 #include <limits>
+#include <new>
 #include <string>
 #include <string_view>
 #include <unordered_map>
-#include <utility>
 
 namespace fourfold::inline v0::detail {
 

@@ -2,14 +2,13 @@
 #pragma once
 /// What a timeline has recorded, as a value: the changes of the byte counts in their order, the
 /// ranges that ran, and what follows from both: the counts at any instant, the peak, its owners.
-#include <fourfold/core/peak_bytes.hpp>
 #include <fourfold/core/place.hpp>
 
 #include <algorithm>
 #include <array>
+#include <cstddef>
 #include <cstdint>
 #include <string>
-#include <string_view>
 #include <unordered_map>
 #include <vector>
 

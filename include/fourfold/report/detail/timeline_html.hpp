@@ -8,6 +8,7 @@
 #include <fourfold/report/detail/timeline_trace.hpp>
 #include <fourfold/report/ledger.hpp>
 
+#include <algorithm>
 #include <array>
 #include <cmath>
 #include <cstdint>
