@@ -10,13 +10,14 @@
 ///   timeline.write_snapshot("step.pickle");  // opens in pytorch.org/memory_viz
 ///
 /// Recorded are the bytes of CPU tensors as the meter counts them (report/meter.hpp: storages older
-/// than the counting are seen if they are adopted), and the ranges of torch/ranges.hpp. The peak is
-/// the recording's own: the meter's, if its peak was restarted as the recording began.
+/// than the counting are seen if they are adopted), not a GPU's, and the ranges of torch/ranges.hpp.
+/// The peak is the recording's own: the meter's, if that was restarted as the recording began.
 ///
 /// One timeline records at a time. The recorder takes at most 64 bytes for each of max_events and 2
-/// MiB for names, from malloc: it does not count itself. Where a buffer is full, what follows is
-/// not recorded but its number is: missed(), and the files say so. Without a timeline nothing is
-/// registered with LibTorch, and the counters compare one pointer under a lock that they hold.
+/// MiB for names, from malloc: it does not count itself, and what it does not fill it does not
+/// touch. Where a buffer is full, what follows is not recorded but its number is: missed(), and the
+/// trace and the page say so. Without a timeline nothing is registered with LibTorch, and the
+/// counters compare one pointer under a lock that they hold.
 #include <c10/util/Exception.h>
 #include <fourfold/core/peak_bytes.hpp>
 #include <fourfold/report/detail/recorder.hpp>

@@ -59,17 +59,15 @@ inline void range_ended(const at::RecordFunction& range, at::ObserverContext*) {
 /// One at a time in a shared library; the caller sees to it.
 class [[nodiscard]] RangesScope {
  public:
-  explicit RangesScope(RangeObserver& observer) {
+  explicit RangesScope(RangeObserver& observer)
+      : handle_(at::addGlobalCallback(
+            at::RecordFunctionCallback(&detail::range_began, &detail::range_ended)
+                .scopes({at::RecordScope::FUNCTION, at::RecordScope::BACKWARD_FUNCTION,
+                         at::RecordScope::USER_SCOPE}))) {
     detail::RangesState& state = detail::ranges_state();
-    {
-      const std::lock_guard lock(state.mutex);
-      TORCH_INTERNAL_ASSERT(state.observer == nullptr);
-      state.observer = &observer;
-    }
-    handle_ = at::addGlobalCallback(
-        at::RecordFunctionCallback(&detail::range_began, &detail::range_ended)
-            .scopes({at::RecordScope::FUNCTION, at::RecordScope::BACKWARD_FUNCTION,
-                     at::RecordScope::USER_SCOPE}));
+    const std::lock_guard lock(state.mutex);
+    TORCH_INTERNAL_ASSERT(state.observer == nullptr);
+    state.observer = &observer;
   }
   /// No call to the observer is under way once this has returned.
   ~RangesScope() {
