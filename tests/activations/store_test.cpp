@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <fourfold/activations/activations.hpp>
 #include <fourfold/activations/checkpoint.hpp>
+#include <fourfold/torch/node.hpp>
 
 #include <ATen/autocast_mode.h>
 #include <gmock/gmock.h>
@@ -10,6 +11,7 @@
 #include <cmath>
 #include <functional>
 #include <limits>
+#include <optional>
 #include <string>
 #include <thread>
 #include <vector>
@@ -472,13 +474,13 @@ TEST(ActivationStore, NothingLeaks) {
   const Store store = int4();
   Mlp mlp;
   const auto x = torch::randn({64, 64});
-  std::weak_ptr<torch::autograd::Node> node;
+  std::optional<door::WeakNodePtr> node;
   {
     const auto loss = within(store, [&] { return mlp(made(x)); });
-    node = loss.grad_fn();
+    node.emplace(loss.grad_fn());
     EXPECT_GT(store->held_bytes().current, 0);
   }  // dropped without backward
-  EXPECT_TRUE(node.expired());
+  EXPECT_TRUE(node->expired());
   EXPECT_EQ(store->held_bytes().current, 0);
   EXPECT_THROW(within(store,
                       [&] {

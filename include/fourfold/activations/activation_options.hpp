@@ -36,9 +36,9 @@ struct ActivationOptions {
   PackFunction pack = nullptr;  ///< null: what is not recomputed is held as it is
   /// For softmax results and inputs of checkpoints; null: they are held as they are.
   PackFunction pack_sensitive = nullptr;
-  MaskFunction pack_mask = pack_bits;  ///< null: masks are packed or held like all else
+  MaskFunction pack_mask = pack_bits;         ///< null: masks are packed or held like all else
   std::vector<std::string_view> recompute{};  ///< operators: "gelu", "mylib::op"; static strings
-  int recompute_depth = 4;  ///< operators that run again for one saved tensor
+  int recompute_depth = 4;                    ///< operators that run again for one saved tensor
   std::int64_t min_numel = 1024;
   std::int64_t min_bytes = 4096;
   std::function<bool(const at::Tensor&)> keep{};  ///< true: held as it is

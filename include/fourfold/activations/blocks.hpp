@@ -135,7 +135,8 @@ class [[nodiscard]] SequentialBlocks {
   }
 
  private:
-  friend SequentialBlocks wrap_sequential_blocks(torch::nn::Module& root);
+  template <class M>
+  friend SequentialBlocks wrap_sequential_blocks(M& root);
   /// Whose children, and which of them: others may be another handle's.
   std::vector<std::pair<std::weak_ptr<torch::nn::SequentialImpl>, std::vector<std::size_t>>>
       wrapped_;
@@ -147,7 +148,8 @@ class [[nodiscard]] SequentialBlocks {
 /// children added later are no blocks. A Sequential that is wrapped already stays with who wrapped
 /// it. `root`, if it is a Sequential itself, must be owned by a shared_ptr (as
 /// torch::nn::Sequential is).
-inline SequentialBlocks wrap_sequential_blocks(torch::nn::Module& root) {
+template <class M>
+SequentialBlocks wrap_sequential_blocks(M& root) {
   SequentialBlocks handle;
   const auto visit = [&](const auto& self, torch::nn::Module& module) -> void {
     auto* sequential = dynamic_cast<torch::nn::SequentialImpl*>(&module);

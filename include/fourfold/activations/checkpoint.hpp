@@ -161,7 +161,7 @@ auto checkpoint(const CheckpointOptions& options, Fn&& fn, Inputs&&... inputs)
     tensors.push_back(std::move(tensor));
     tensor = at::Tensor();
   });
-  const auto frame = std::make_shared<detail::CheckpointFrame>(
+  const auto frame = std::make_shared<detail::CheckpointFrame<>>(
       options, tensors, [block](const std::vector<at::Tensor>& unpacked) {
         Block again = *block;  // a function with state of its own starts from where it started
         auto next = unpacked.begin();
@@ -172,7 +172,7 @@ auto checkpoint(const CheckpointOptions& options, Fn&& fn, Inputs&&... inputs)
             },
             again.inputs);
       });
-  const detail::CheckpointFrame::FirstRun first_run(frame, tensors);
+  const detail::CheckpointFrame<>::FirstRun first_run(frame, tensors);
   return detail::call_block(std::forward<Fn>(fn), std::forward<Inputs>(inputs)...);
 }
 

@@ -30,7 +30,6 @@
 #include <memory>
 #include <mutex>
 #include <optional>
-#include <set>
 #include <string>
 #include <utility>
 #include <vector>
@@ -85,8 +84,9 @@ struct SavedLook {
   }
 };
 
+template <class = void>  // compiled where a checkpoint is made
 class CheckpointFrame final : public door::SavedTensors,
-                              public std::enable_shared_from_this<CheckpointFrame> {
+                              public std::enable_shared_from_this<CheckpointFrame<>> {
  public:
   using Run = std::function<void(const std::vector<at::Tensor>& inputs)>;
 
@@ -149,7 +149,7 @@ class CheckpointFrame final : public door::SavedTensors,
   std::shared_ptr<door::Saved> pack_attached(const at::Tensor& tensor,
                                              const at::Tensor& attached) override {
     const std::lock_guard lock(mutex_);
-    auto holder = std::make_shared<Holder>(shared_from_this(), holders_.size());
+    auto holder = std::make_shared<Holder>(this->shared_from_this(), holders_.size());
     holders_.push_back(holder);
     looks_.emplace_back(tensor, attached, options_.check_determinism);
     return holder;
@@ -259,7 +259,8 @@ class CheckpointFrame final : public door::SavedTensors,
     const int task = door::current_graph_task();
     std::shared_ptr<door::Saved> saved = holder.take(task);
     if (saved == nullptr) {
-      const bool again = task == -1 || filled_.contains(task);
+      const bool again =
+          task == -1 || std::find(filled_.begin(), filled_.end(), task) != filled_.end();
       recompute(task, again ? &holder : nullptr);
       saved = holder.take(task);
       TORCH_INTERNAL_ASSERT(saved != nullptr);
@@ -284,8 +285,8 @@ class CheckpointFrame final : public door::SavedTensors,
                   packer->count, ") than in its forward (", holders_.size(), ")", kAdvice);
     }
     if (task == -1 || only != nullptr) return;
-    filled_.insert(task);
-    door::at_end_of_graph_task([frame = weak_from_this(), task] {
+    filled_.push_back(task);
+    door::at_end_of_graph_task([frame = this->weak_from_this(), task] {
       if (const auto strong = frame.lock()) {
         const std::lock_guard lock(strong->mutex_);
         strong->forget(task);
@@ -328,7 +329,7 @@ class CheckpointFrame final : public door::SavedTensors,
   }
 
   void forget(int task) {
-    filled_.erase(task);
+    std::erase(filled_, task);
     for (const std::weak_ptr<Holder>& weak : holders_)
       if (const auto holder = weak.lock()) holder->take(task);
   }
@@ -347,7 +348,7 @@ class CheckpointFrame final : public door::SavedTensors,
   bool complete_ = false;
   std::vector<std::weak_ptr<Holder>> holders_;
   std::vector<SavedLook> looks_;
-  std::set<int> filled_;  // graph tasks for which every live holder was filled
+  std::vector<int> filled_;  // graph tasks for which every live holder was filled
 };
 
 }  // namespace detail

@@ -48,9 +48,9 @@ at::Tensor run_in_segments(std::int64_t count, std::int64_t segments, at::Tensor
 /// sequential->forward(input), its children (tensor to tensor) in `segments` checkpoints of like
 /// length. The last one is checkpointed too: early stop makes its last product free, and its
 /// activations are all that stands between one segment's memory and the whole chain's.
-inline at::Tensor checkpoint_sequential(const torch::nn::Sequential& sequential,
-                                        std::int64_t segments, at::Tensor input,
-                                        const CheckpointOptions& options = {}) {
+template <class = void>
+at::Tensor checkpoint_sequential(const torch::nn::Sequential& sequential, std::int64_t segments,
+                                 at::Tensor input, const CheckpointOptions& options = {}) {
   const std::shared_ptr<torch::nn::SequentialImpl> chain = sequential.ptr();
   return detail::run_in_segments(
       static_cast<std::int64_t>(chain->size()), segments, std::move(input),

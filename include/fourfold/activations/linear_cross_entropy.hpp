@@ -42,10 +42,10 @@ struct LinearCrossEntropyOptions {
 namespace detail {
 
 /// What linear_cross_entropy was given, checked, in two dimensions.
+template <class = void>
 struct LinearCrossEntropy {
-  at::Tensor hidden, weight, bias,
-      target;               ///< (n, width), (classes, width), (classes) or none, (n)
-  at::Tensor class_weight;  ///< (classes), or none
+  at::Tensor hidden, weight, target;  ///< (n, width), (classes, width), (n)
+  at::Tensor bias, class_weight;      ///< (classes) or none
   at::Reduction::Reduction reduction;
   std::int64_t ignore_index, rows;
   double smoothing;
@@ -62,10 +62,10 @@ struct LinearCrossEntropy {
   [[nodiscard]] Result with_gradients(bool of_hidden, bool of_weight, bool of_bias) const;
 };
 
-inline LinearCrossEntropy::LinearCrossEntropy(const at::Tensor& all_hidden,
-                                              const at::Tensor& of_weight,
-                                              const at::Tensor& all_target,
-                                              const LinearCrossEntropyOptions& options)
+template <class V>
+LinearCrossEntropy<V>::LinearCrossEntropy(const at::Tensor& all_hidden, const at::Tensor& of_weight,
+                                          const at::Tensor& all_target,
+                                          const LinearCrossEntropyOptions& options)
     : weight(of_weight),
       bias(options.bias),
       class_weight(options.loss.weight()),
@@ -122,7 +122,8 @@ inline LinearCrossEntropy::LinearCrossEntropy(const at::Tensor& all_hidden,
   rows = std::clamp<std::int64_t>(rows, 1, std::max<std::int64_t>(1, hidden.size(0)));
 }
 
-inline at::Tensor LinearCrossEntropy::recomputed() const {
+template <class V>
+at::Tensor LinearCrossEntropy<V>::recomputed() const {
   const std::int64_t n = hidden.size(0);
   const auto sum_or_none =
       reduction == at::Reduction::None ? at::Reduction::None : at::Reduction::Sum;
@@ -138,8 +139,10 @@ inline at::Tensor LinearCrossEntropy::recomputed() const {
                      : counted.sum());
 }
 
-inline LinearCrossEntropy::Result LinearCrossEntropy::with_gradients(bool of_hidden, bool of_weight,
-                                                                     bool of_bias) const {
+template <class V>
+typename LinearCrossEntropy<V>::Result LinearCrossEntropy<V>::with_gradients(bool of_hidden,
+                                                                             bool of_weight,
+                                                                             bool of_bias) const {
   const at::NoGradGuard no_grad;
   // Autocast would cast the weight for each piece, and remember a cast that has no gradient.
   auto autocast = door::AutocastState::current();
@@ -220,10 +223,11 @@ inline LinearCrossEntropy::Result LinearCrossEntropy::with_gradients(bool of_hid
 /// dtype it reduces here in fp32, so losses and gradients are its own up to rounding. Reduction
 /// None and packed weights compute each piece again in backward (chunked.hpp), and have derivatives
 /// of any order.
-inline at::Tensor linear_cross_entropy(const at::Tensor& hidden, const at::Tensor& weight,
-                                       const at::Tensor& target,
-                                       const LinearCrossEntropyOptions& options = {}) {
-  const detail::LinearCrossEntropy problem(hidden, weight, target, options);
+template <class = void>
+at::Tensor linear_cross_entropy(const at::Tensor& hidden, const at::Tensor& weight,
+                                const at::Tensor& target,
+                                const LinearCrossEntropyOptions& options = {}) {
+  const detail::LinearCrossEntropy<> problem(hidden, weight, target, options);
   if (problem.reduction == at::Reduction::None || door::is_packed(weight)) {
     const at::Tensor loss = problem.recomputed();
     return loss.dim() == 0 ? loss : loss.view(target.sizes());

@@ -12,6 +12,7 @@
 #include <fourfold/activations/storage_view.hpp>
 #include <fourfold/core/payload.hpp>
 #include <fourfold/core/place.hpp>
+#include <fourfold/core/pointer_map.hpp>
 #include <fourfold/torch/operators.hpp>      // OperatorsPause
 #include <fourfold/torch/saved_tensors.hpp>  // Saved
 
@@ -20,7 +21,6 @@
 #include <cstdint>
 #include <memory>
 #include <mutex>
-#include <unordered_map>
 #include <utility>
 #include <vector>
 
@@ -139,7 +139,7 @@ class StorageIndex : public std::enable_shared_from_this<StorageIndex> {
   [[nodiscard]] std::shared_ptr<HeldStorage> hold(const StorageUse& use,
                                                   const c10::Storage& storage) {
     const std::lock_guard lock(mutex_);
-    Entry& entry = entries_.at(use.key());
+    Entry& entry = entry_of(use.key());
     std::shared_ptr<HeldStorage> held = entry.held.lock();
     if (held == nullptr) {
       held = std::make_shared<HeldStorage>(storage, totals_);
@@ -150,7 +150,7 @@ class StorageIndex : public std::enable_shared_from_this<StorageIndex> {
 
   void add(const std::shared_ptr<Stored>& stored) {
     const std::lock_guard lock(mutex_);
-    std::vector<std::weak_ptr<Stored>>& all = entries_.at(stored->use()->key()).stored;
+    std::vector<std::weak_ptr<Stored>>& all = entry_of(stored->use()->key()).stored;
     std::erase_if(all, [](const auto& one) { return one.expired(); });
     all.push_back(stored);
   }
@@ -167,37 +167,35 @@ class StorageIndex : public std::enable_shared_from_this<StorageIndex> {
   void before_write(c10::StorageImpl* key) {
     for (const std::shared_ptr<Stored>& one : all_of(key)) one->before_write();
     const std::lock_guard lock(mutex_);
-    const auto found = entries_.find(key);
-    if (found != entries_.end()) found->second.stored.clear();
+    if (Entry* found = entries_.find(key)) found->stored.clear();
   }
 
   /// Storages that are the model's own, or made of them alone: never packed.
   void mark_exact(const c10::Storage& storage) {
     const std::lock_guard lock(mutex_);
     if (exact_.size() >= sweep_at_) {
-      std::erase_if(exact_, [](const auto& one) { return one.second.expired(); });
+      exact_.erase_if([](const WeakStorage& one) { return one.expired(); });
       sweep_at_ = std::max<std::size_t>(64, 2 * exact_.size());
     }
-    exact_.insert_or_assign(storage.unsafeGetStorageImpl(), storage.getWeakStorageImpl());
+    exact_.put(storage.unsafeGetStorageImpl(), storage.getWeakStorageImpl());
   }
   [[nodiscard]] bool is_exact(c10::StorageImpl* key) const {
     const std::lock_guard lock(mutex_);
-    return exact_.contains(key);
+    return exact_.find(key) != nullptr;
   }
 
   /// `storage` is what the dense `source` decoded to. Where it is saved again (an input of a block
   /// that is recomputed), it is not rounded again.
   void mark_decoded(const c10::Storage& storage, std::weak_ptr<Stored> source) {
     const std::lock_guard lock(mutex_);
-    std::erase_if(decoded_, [](const Decoding& one) { return one.storage.expired(); });
-    decoded_.push_back({storage.getWeakStorageImpl(), std::move(source)});
+    decoded_.erase_if([](const Decoding& one) { return one.storage.expired(); });
+    decoded_.put(storage.unsafeGetStorageImpl(), {storage.getWeakStorageImpl(), std::move(source)});
   }
   /// What `key` was decoded from, or null.
   [[nodiscard]] std::shared_ptr<Stored> decoded_from(c10::StorageImpl* key) const {
     const std::lock_guard lock(mutex_);
-    for (const Decoding& one : decoded_)
-      if (one.storage._unsafe_get_target() == key) return one.source.lock();
-    return nullptr;
+    const Decoding* const one = decoded_.find(key);
+    return one != nullptr ? one->source.lock() : nullptr;
   }
 
  private:
@@ -213,19 +211,25 @@ class StorageIndex : public std::enable_shared_from_this<StorageIndex> {
     std::weak_ptr<Stored> source;
   };
 
+  Entry& entry_of(c10::StorageImpl* key) {
+    Entry* const found = entries_.find(key);
+    TORCH_INTERNAL_ASSERT(found != nullptr);
+    return *found;
+  }
+
   void forget(c10::StorageImpl* key) {
     const std::lock_guard lock(mutex_);
-    const auto found = entries_.find(key);
-    if (found != entries_.end() && found->second.use.expired()) entries_.erase(found);
+    Entry* const found = entries_.find(key);
+    if (found != nullptr && found->use.expired()) entries_.erase(key);
   }
 
   /// Locked copies, so that none is destroyed under the mutex.
   std::vector<std::shared_ptr<Stored>> all_of(c10::StorageImpl* key) {
     std::vector<std::shared_ptr<Stored>> all;
     const std::lock_guard lock(mutex_);
-    const auto found = entries_.find(key);
-    if (found == entries_.end()) return all;
-    for (const std::weak_ptr<Stored>& one : found->second.stored)
+    Entry* const found = entries_.find(key);
+    if (found == nullptr) return all;
+    for (const std::weak_ptr<Stored>& one : found->stored)
       if (auto strong = one.lock()) all.push_back(std::move(strong));
     return all;
   }
@@ -233,10 +237,10 @@ class StorageIndex : public std::enable_shared_from_this<StorageIndex> {
   const std::shared_ptr<SavedTotals> totals_;
   std::atomic<std::uint64_t> clock_{0};
   mutable std::mutex mutex_;
-  std::unordered_map<c10::StorageImpl*, Entry> entries_;
-  std::unordered_map<c10::StorageImpl*, WeakStorage> exact_;
+  PointerMap<Entry> entries_;
+  PointerMap<WeakStorage> exact_;
   std::size_t sweep_at_ = 64;
-  std::vector<Decoding> decoded_;  // what is decoded just now: few
+  PointerMap<Decoding> decoded_;  // what is decoded just now: few
 };
 
 inline void StorageUse::note_saved() {

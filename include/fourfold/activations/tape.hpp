@@ -6,13 +6,13 @@
 #include <fourfold/activations/operator_traits.hpp>
 #include <fourfold/activations/rebuilt.hpp>
 #include <fourfold/activations/stored.hpp>
+#include <fourfold/core/pointer_map.hpp>
 #include <fourfold/torch/operators.hpp>
 
 #include <algorithm>
 #include <cstdint>
 #include <memory>
 #include <string_view>
-#include <unordered_map>
 #include <utility>
 #include <vector>
 
@@ -140,10 +140,7 @@ class Tape final : public door::OperatorObserver {
   [[nodiscard]] const Frame* frame() const {
     return depth_ == 0 ? nullptr : frames_[depth_ - 1].get();
   }
-  [[nodiscard]] const Origin* origin(c10::StorageImpl* key) const {
-    const auto found = origins_.find(key);
-    return found == origins_.end() ? nullptr : &found->second;
-  }
+  [[nodiscard]] const Origin* origin(c10::StorageImpl* key) const { return origins_.find(key); }
   [[nodiscard]] const std::shared_ptr<StorageIndex>& index() const { return index_; }
 
   /// Whether the model owns it: a leaf that asks for gradients, or a view of one.
@@ -250,18 +247,18 @@ class Tape final : public door::OperatorObserver {
 
   Origin& origin_of(const c10::Storage& storage) {
     if (origins_.size() >= sweep_at_) {
-      std::erase_if(origins_, [](const auto& one) { return one.second.storage.expired(); });
+      origins_.erase_if([](const Origin& one) { return one.storage.expired(); });
       sweep_at_ = std::max<std::size_t>(256, 2 * origins_.size());
     }
-    const auto [at, made] = origins_.try_emplace(storage.unsafeGetStorageImpl());
-    if (made) at->second.storage = storage.getWeakStorageImpl();
-    return at->second;
+    if (Origin* known = origins_.find(storage.unsafeGetStorageImpl())) return *known;
+    Origin& made = origins_[storage.unsafeGetStorageImpl()];
+    made.storage = storage.getWeakStorageImpl();
+    return made;
   }
 
   const OperatorTraits& traits_of(const c10::OperatorHandle& op) {
-    const auto found = traits_.find(op);
-    if (found != traits_.end()) return found->second;
-    return traits_.emplace(op, OperatorTraits(op, cheap_)).first->second;
+    const OperatorTraits* const known = traits_.find(&op.schema());
+    return known != nullptr ? *known : traits_.put(&op.schema(), OperatorTraits(op, cheap_));
   }
 
   Frame& push() {
@@ -277,8 +274,8 @@ class Tape final : public door::OperatorObserver {
 
   const std::shared_ptr<StorageIndex> index_;
   const std::vector<std::string_view> cheap_;
-  std::unordered_map<c10::OperatorHandle, OperatorTraits> traits_;
-  std::unordered_map<c10::StorageImpl*, Origin> origins_;
+  PointerMap<OperatorTraits> traits_;  // by schema
+  PointerMap<Origin> origins_;
   std::size_t sweep_at_ = 256;
   std::vector<std::unique_ptr<Frame>> frames_;
   std::size_t depth_ = 0;

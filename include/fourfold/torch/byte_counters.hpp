@@ -7,12 +7,12 @@
 #include <c10/util/intrusive_ptr.h>
 #include <fourfold/core/peak_bytes.hpp>
 #include <fourfold/core/place.hpp>
+#include <fourfold/core/pointer_map.hpp>
 
 #include <algorithm>
 #include <array>
 #include <cstdint>
 #include <mutex>
-#include <unordered_map>
 #include <utility>
 #include <vector>
 
@@ -74,19 +74,18 @@ class ByteCounters {
     const auto bytes = static_cast<std::int64_t>(key->nbytes());
     std::vector<Adopted> dead;
     const std::lock_guard lock(mutex_);
-    const auto known = adopted_.find(key);
-    if (known != adopted_.end())
-      return move_locked(key, known->second.bytes, known->second.place, place);
-    adopted_.emplace(key, Adopted{std::move(storage), bytes, place});
+    if (Adopted* known = adopted_.find(key))
+      return move_locked(key, known->bytes, known->place, place);
+    adopted_.put(key, {std::move(storage), bytes, place});
     add_locked(key, bytes, place, dead);
   }
 
   /// Whether `storage` is adopted; if so it belongs to `place` from now on.
   bool move_adopted(const c10::StorageImpl* storage, Place place) {
     const std::lock_guard lock(mutex_);
-    const auto known = adopted_.find(storage);
-    if (known == adopted_.end()) return false;
-    move_locked(storage, known->second.bytes, known->second.place, place);
+    Adopted* const known = adopted_.find(storage);
+    if (known == nullptr) return false;
+    move_locked(storage, known->bytes, known->place, place);
     return true;
   }
 
@@ -175,22 +174,19 @@ class ByteCounters {
   }
 
   void drop_dead(std::vector<Adopted>& dead) {
-    for (auto one = adopted_.begin(); one != adopted_.end();) {
-      if (!one->second.storage.expired()) {
-        ++one;
-        continue;
-      }
-      subtract_locked(one->first, one->second.bytes, one->second.place);
-      dead.push_back(std::move(one->second));
-      one = adopted_.erase(one);
-    }
+    adopted_.erase_if([&](Adopted& one) {
+      if (!one.storage.expired()) return false;
+      subtract_locked(one.storage._unsafe_get_target(), one.bytes, one.place);
+      dead.push_back(std::move(one));
+      return true;
+    });
   }
 
   std::mutex mutex_;
   ByteCount count_;
   BytesObserver* observer_ = nullptr;  // read under the lock, which is held anyway
   std::int64_t observed_peak_ = 0;     // the most that lived since it is told
-  std::unordered_map<const c10::StorageImpl*, Adopted> adopted_;
+  PointerMap<Adopted> adopted_;
 };
 
 }  // namespace fourfold::door

@@ -121,7 +121,8 @@ class [[nodiscard]] GradientHooks {
 /// gone. A leaf named twice (a tied parameter) is hooked once; undefined tensors are passed over,
 /// and leaves that do not require a gradient now are hooked for the day they do. A tensor that is
 /// no leaf is an error, and then nothing is hooked.
-inline GradientHooks after_gradients(at::TensorList leaves, AfterGradient after) {
+template <class = void>
+GradientHooks after_gradients(at::TensorList leaves, AfterGradient after) {
   TORCH_CHECK(after,
               "after_gradients got an empty function; pass what shall be called with each leaf");
   for (std::size_t i = 0; i < leaves.size(); ++i)
@@ -152,7 +153,8 @@ inline GradientHooks after_gradients(at::TensorList leaves, AfterGradient after)
 
 /// Counts each gradient to Place::kGradients as it appears. (The buffer was allocated as a
 /// temporary of backward, and LibTorch makes it the gradient without a copy.)
-inline GradientHooks retag_gradients(at::TensorList leaves) {
+template <class = void>
+GradientHooks retag_gradients(at::TensorList leaves) {
   return after_gradients(leaves,
                          [](const at::Tensor& leaf) { retag(leaf.grad(), Place::kGradients); });
 }

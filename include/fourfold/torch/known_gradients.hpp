@@ -56,9 +56,9 @@ class KnownGradientsBackward final : public Node {
 }  // namespace detail
 
 /// `value`, a scalar, as a function of `inputs` with these gradients (undefined: none is needed).
-inline at::Tensor with_gradients(const char* name, at::Tensor value,
-                                 const std::vector<at::Tensor>& inputs,
-                                 std::vector<at::Tensor> gradients) {
+template <class = void>
+at::Tensor with_gradients(const char* name, at::Tensor value, const std::vector<at::Tensor>& inputs,
+                          std::vector<at::Tensor> gradients) {
   const NodePtr node = make_node<detail::KnownGradientsBackward>(name, std::move(gradients));
   node->set_next_edges(::torch::autograd::collect_next_edges(inputs));
   ::torch::autograd::set_history(value, node);

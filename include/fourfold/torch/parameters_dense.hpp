@@ -3,9 +3,9 @@
 /// Plain values of packed tensors for operators that have no kernel of ours, and the one check that
 /// every operator makes: what is packed is frozen.
 #include <ATen/core/stack.h>
+#include <fourfold/core/pointer_map.hpp>
 #include <fourfold/torch/parameters_range.hpp>
 
-#include <unordered_map>
 #include <vector>
 
 namespace fourfold::door {
@@ -67,10 +67,9 @@ class PackedWrites {
 
   /// The same for an argument that is only read, if its storage is also written.
   [[nodiscard]] at::Tensor read(const at::Tensor& packed) const {
-    const auto found = writes_.find(packed.storage().unsafeGetStorageImpl());
-    if (found == writes_.end()) return dense_of(packed);
-    return found->second.dense.as_strided(packed.sizes(), packed.strides(),
-                                          packed.storage_offset());
+    const Write* found = writes_.find(packed.storage().unsafeGetStorageImpl());
+    if (found == nullptr) return dense_of(packed);
+    return found->dense.as_strided(packed.sizes(), packed.strides(), packed.storage_offset());
   }
 
   [[nodiscard]] bool empty() const { return writes_.empty(); }
@@ -78,7 +77,7 @@ class PackedWrites {
   /// Compresses all that was written, then lets every alias see it. Throws with nothing changed.
   void commit(const char* what) {
     std::vector<std::shared_ptr<const Payload>> made;
-    for (const auto& [storage, write] : writes_) {
+    writes_.for_each([&](const Write& write) {
       for (std::size_t i = 0; i < write.twins.size(); ++i) {
         const at::Tensor &twin = write.twins[i], &packed = write.packed[i];
         TORCH_CHECK(twin.sizes() == packed.sizes() && twin.strides() == packed.strides() &&
@@ -97,13 +96,13 @@ class PackedWrites {
       const at::NoGradGuard no_grad;
       const PlaceGuard place(Place::kWeights);
       made.push_back(write.payload->compress(write.dense.detach()));
-    }
+    });
     std::size_t next = 0;
-    for (const auto& [storage, write] : writes_) {
+    writes_.for_each([&](const Write& write) {
       replace(write.packed.front(), write.payload, made[next++]);
       if (!write.packed.front().is_inference())
         write.packed.front().unsafeGetTensorImpl()->bump_version();
-    }
+    });
   }
 
   /// Puts `payload` where `before` was. Factors stay the tensors that an optimizer knows.
@@ -123,7 +122,7 @@ class PackedWrites {
     at::Tensor dense;
     std::vector<at::Tensor> packed, twins;
   };
-  std::unordered_map<const void*, Write> writes_;
+  PointerMap<Write> writes_;
 };
 
 }  // namespace fourfold::door

@@ -9,13 +9,13 @@
 #include <c10/core/StorageImpl.h>
 #include <c10/util/intrusive_ptr.h>
 #include <fourfold/core/payload.hpp>
+#include <fourfold/core/pointer_map.hpp>
 #include <fourfold/torch/door_state.hpp>
 
 #include <atomic>
 #include <cstdint>
 #include <memory>
 #include <mutex>
-#include <unordered_map>
 #include <utility>
 #include <vector>
 
@@ -56,7 +56,7 @@ struct DenseRecord {
 
 /// One in a process (door_state.hpp).
 struct [[gnu::visibility("default")]] ParametersState {
-  static constexpr std::uint32_t kAbi = 3;
+  static constexpr std::uint32_t kAbi = 4;
   static constexpr const char* kName = "packed parameters";
   /// Marks storages that are ours: the same function's address in every library.
   void (*delete_holder)(void*) = [](void* holder) { delete static_cast<PackedHolder*>(holder); };
@@ -64,7 +64,7 @@ struct [[gnu::visibility("default")]] ParametersState {
   std::mutex opening;
   std::vector<std::shared_ptr<void>> registrations;  ///< of kernels; they live with the process
   std::mutex dense_mutex;
-  std::unordered_map<const void*, DenseRecord> dense;
+  PointerMap<DenseRecord> dense;
   std::size_t sweep_at = 64;  ///< forget dead records when there are so many
 };
 

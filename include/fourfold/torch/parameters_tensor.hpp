@@ -114,12 +114,11 @@ inline void note_dense(const at::Tensor& dense, const std::shared_ptr<const Payl
   ParametersState& state = parameters_state();
   const std::lock_guard lock(state.dense_mutex);
   if (state.dense.size() >= state.sweep_at) {
-    std::erase_if(state.dense, [](const auto& record) { return record.second.storage.expired(); });
+    state.dense.erase_if([](const DenseRecord& record) { return record.storage.expired(); });
     state.sweep_at = std::max<std::size_t>(64, 2 * state.dense.size());
   }
   c10::StorageImpl* storage = dense.storage().unsafeGetStorageImpl();
-  state.dense.insert_or_assign(
-      storage, DenseRecord{dense.storage().getWeakStorageImpl(), payload, dense._version()});
+  state.dense.put(storage, {dense.storage().getWeakStorageImpl(), payload, dense._version()});
 }
 
 /// The payload that an operator of ours decompressed into the storage of `dense`, or null. Whoever
@@ -129,11 +128,10 @@ inline std::shared_ptr<const Payload> payload_of_dense(const at::Tensor& dense) 
   if (!dense.defined() || !dense.has_storage() || dense.is_inference()) return nullptr;
   ParametersState& state = parameters_state();
   const std::lock_guard lock(state.dense_mutex);
-  const auto found = state.dense.find(dense.storage().unsafeGetStorageImpl());
-  if (found == state.dense.end() || found->second.storage.expired() ||
-      found->second.version != dense._version())
+  const DenseRecord* found = state.dense.find(dense.storage().unsafeGetStorageImpl());
+  if (found == nullptr || found->storage.expired() || found->version != dense._version())
     return nullptr;
-  return found->second.payload.lock();
+  return found->payload.lock();
 }
 
 /// Plain values of a payload, all of them; differentiable in its factors where it has any.

@@ -49,8 +49,8 @@ namespace detail {
 
 using ParameterChoice = std::function<bool(const std::string&, const at::Tensor&)>;
 
-inline void check_packable(const std::string& what, const std::string& name,
-                           const at::Tensor& parameter) {
+template <class = void>
+void check_packable(const std::string& what, const std::string& name, const at::Tensor& parameter) {
   TORCH_CHECK(
       !door::is_packed(parameter), what, ": parameter '", name, "' is packed already (",
       door::payload_of(parameter)->codec(),

@@ -7,7 +7,8 @@
 
 namespace fourfold::inline v0::detail {
 
-inline NamedTensors with_prefix(const NamedTensors& parameters, const NamedTensors& buffers) {
+template <class = void>
+NamedTensors with_prefix(const NamedTensors& parameters, const NamedTensors& buffers) {
   NamedTensors all;
   for (const auto& [name, tensor] : parameters)
     all.emplace_back("parameter '" + name + "'", tensor);
@@ -15,15 +16,17 @@ inline NamedTensors with_prefix(const NamedTensors& parameters, const NamedTenso
   return all;
 }
 
-inline std::string title(const SavedEntry& entry) {
+template <class = void>
+std::string title(const SavedEntry& entry) {
   return (entry.buffer ? "buffer '" : "parameter '") + entry.name + "'";
 }
 
 constexpr const char* kLeftAsItWas = ". The module was left as it was";
 
 /// Each entry's tensor in the model, in the order of the entries.
-inline std::vector<at::Tensor> match(const NamedTensors& model, const SavedModel& saved,
-                                     const std::string& what) {
+template <class = void>
+std::vector<at::Tensor> match(const NamedTensors& model, const SavedModel& saved,
+                              const std::string& what) {
   std::unordered_map<std::string, at::Tensor> by_name(model.begin(), model.end());
   std::vector<at::Tensor> targets;
   for (const SavedEntry& entry : saved.entries) {
@@ -43,16 +46,18 @@ inline std::vector<at::Tensor> match(const NamedTensors& model, const SavedModel
   return targets;
 }
 
-inline void check_dtype(const SavedEntry& entry, at::ScalarType saved, const at::Tensor& target,
-                        const std::string& what) {
+template <class = void>
+void check_dtype(const SavedEntry& entry, at::ScalarType saved, const at::Tensor& target,
+                 const std::string& what) {
   TORCH_CHECK(saved == target.scalar_type(), what, ": ", title(entry), " is ", c10::toString(saved),
               " there and ", c10::toString(target.scalar_type()),
               " here; convert the model with to(dtype) first", kLeftAsItWas);
 }
 
 /// The payload of the file, on the model's device, its buffers of the shapes that its codec makes.
-inline std::shared_ptr<const Payload> restore(const SavedPayload& saved, const at::Tensor& target,
-                                              const std::string& what) {
+template <class = void>
+std::shared_ptr<const Payload> restore(const SavedPayload& saved, const at::Tensor& target,
+                                       const std::string& what) {
   const std::optional<PayloadFormat> format = registered_codec(saved.codec);
   TORCH_CHECK(format.has_value(), what, " holds parameters packed by ", saved.codec,
               ", which this program has not used; name it: fourfold::load<C>(model, ...)",
@@ -70,9 +75,9 @@ inline std::shared_ptr<const Payload> restore(const SavedPayload& saved, const a
 }
 
 /// The holder that all of a payload's targets share in the same way, or null: they are all plain.
-inline door::PackedHolder* common_holder(const SavedModel& saved,
-                                         const std::vector<at::Tensor>& targets,
-                                         std::uint64_t index, const std::string& what) {
+template <class = void>
+door::PackedHolder* common_holder(const SavedModel& saved, const std::vector<at::Tensor>& targets,
+                                  std::uint64_t index, const std::string& what) {
   door::PackedHolder* common = nullptr;
   bool first = true;
   for (std::size_t i = 0; i < targets.size(); ++i) {

@@ -49,9 +49,9 @@ inline bool overlap(const at::Tensor& a, const at::Tensor& b) {
   return same_storage(a, b) && a_first < b_last && b_first < a_last;
 }
 
-inline std::vector<TiedParameters> tied_parameters(const std::string& what,
-                                                   const NamedTensors& chosen,
-                                                   const NamedTensors& staying) {
+template <class = void>
+std::vector<TiedParameters> tied_parameters(const std::string& what, const NamedTensors& chosen,
+                                            const NamedTensors& staying) {
   for (const auto& [name, parameter] : chosen)
     for (const auto& [other_name, other] : staying)
       TORCH_CHECK(!overlap(parameter, other), what, ": parameter '", name, "' shares values with '",
@@ -97,8 +97,9 @@ inline std::vector<TiedParameters> tied_parameters(const std::string& what,
   return ties;
 }
 
-inline bool shares_storage_with_packed(const std::vector<TiedParameters>& ties,
-                                       const at::Tensor& parameter) {
+template <class = void>
+bool shares_storage_with_packed(const std::vector<TiedParameters>& ties,
+                                const at::Tensor& parameter) {
   return parameter.has_storage() &&
          std::any_of(ties.begin(), ties.end(), [&](const TiedParameters& tie) {
            return tie.storage == parameter.storage().unsafeGetStorageImpl();
@@ -106,7 +107,8 @@ inline bool shares_storage_with_packed(const std::vector<TiedParameters>& ties,
 }
 
 /// Copies what these hold to memory of their own; those that share values still do.
-inline void move_to_own_storage(const NamedTensors& parameters) {
+template <class = void>
+void move_to_own_storage(const NamedTensors& parameters) {
   std::vector<at::Tensor> rest;
   for (const auto& [name, parameter] : parameters) rest.push_back(parameter);
   while (!rest.empty()) {

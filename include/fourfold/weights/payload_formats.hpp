@@ -3,7 +3,6 @@
 /// How a payload is made, and made again from its parts: a codec as a value, its type forgotten.
 #include <fourfold/core/payload.hpp>
 
-#include <map>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -42,7 +41,7 @@ namespace detail {
 
 struct PayloadFormats {
   std::mutex mutex;
-  std::map<std::string, PayloadFormat> by_name;
+  std::vector<PayloadFormat> all;  // few
 };
 
 [[gnu::visibility("default")]] inline PayloadFormats& payload_formats() {
@@ -57,14 +56,21 @@ template <Codec... C>
 void register_codecs() {
   detail::PayloadFormats& formats = detail::payload_formats();
   const std::lock_guard lock(formats.mutex);
-  (formats.by_name.insert_or_assign(C::name(), payload_format<C>()), ...);
+  const auto add = [&](PayloadFormat format) {
+    for (const PayloadFormat& known : formats.all)
+      if (known.codec == format.codec) return;
+    formats.all.push_back(std::move(format));
+  };
+  (add(payload_format<C>()), ...);
 }
 
-[[nodiscard]] inline std::optional<PayloadFormat> registered_codec(const std::string& name) {
+template <class = void>
+[[nodiscard]] std::optional<PayloadFormat> registered_codec(const std::string& name) {
   detail::PayloadFormats& formats = detail::payload_formats();
   const std::lock_guard lock(formats.mutex);
-  const auto found = formats.by_name.find(name);
-  return found == formats.by_name.end() ? std::nullopt : std::optional(found->second);
+  for (const PayloadFormat& known : formats.all)
+    if (known.codec == name) return known;
+  return std::nullopt;
 }
 
 }  // namespace fourfold::inline v0

@@ -3,13 +3,13 @@
 /// A model's tensors apart from the model: gathered from one, written, read, and given to another
 /// in two steps, of which the first may fail and the second changes it.
 #include <ATen/ops/zeros.h>
+#include <fourfold/core/pointer_map.hpp>
 #include <fourfold/torch/parameters.hpp>
 #include <fourfold/weights/module_tensors.hpp>
 #include <fourfold/weights/payload_formats.hpp>
 #include <fourfold/weights/save_format.hpp>
 
 #include <sstream>
-#include <unordered_map>
 #include <unordered_set>
 
 namespace fourfold::inline v0::detail {
@@ -36,28 +36,28 @@ struct SavedModel {
   std::vector<at::Tensor> tensors;
 };
 
-inline SavedModel gather(const NamedTensors& parameters, const NamedTensors& buffers) {
+template <class = void>
+SavedModel gather(const NamedTensors& parameters, const NamedTensors& buffers) {
   SavedModel saved;
-  std::unordered_map<const void*, std::uint64_t> seen;  // payload or TensorImpl -> index
+  PointerMap<std::uint64_t> seen;  // payload or TensorImpl -> index
   const auto add = [&](bool buffer, const std::string& name, const at::Tensor& tensor) {
     SavedEntry entry{buffer, name, door::is_packed(tensor), 0, tensor.sizes().vec(), {}, 0};
     if (entry.packed) {
       const auto payload = door::payload_of(tensor);
-      const auto [found, is_new] = seen.try_emplace(payload.get(), saved.payloads.size());
-      if (is_new)
+      const std::uint64_t* known = seen.find(payload.get());
+      entry.index = known ? *known : seen.put(payload.get(), saved.payloads.size());
+      if (entry.index == saved.payloads.size())
         saved.payloads.push_back(
             {payload->codec(), payload->dtype(), payload->sizes().vec(), payload->buffers()});
-      entry.index = found->second;
       entry.strides = tensor.strides().vec();
       entry.offset = tensor.storage_offset();
     } else {
       TORCH_CHECK(tensor.layout() == at::kStrided && !tensor.is_quantized() && !tensor.is_meta(),
                   "fourfold::save writes packed and dense tensors, but '", name, "' has layout ",
                   tensor.layout(), " and device ", tensor.device(), "; convert it first");
-      const auto [found, is_new] =
-          seen.try_emplace(tensor.unsafeGetTensorImpl(), saved.tensors.size());
-      if (is_new) saved.tensors.push_back(tensor);
-      entry.index = found->second;
+      const std::uint64_t* known = seen.find(tensor.unsafeGetTensorImpl());
+      entry.index = known ? *known : seen.put(tensor.unsafeGetTensorImpl(), saved.tensors.size());
+      if (entry.index == saved.tensors.size()) saved.tensors.push_back(tensor);
     }
     saved.entries.push_back(std::move(entry));
   };
@@ -66,7 +66,8 @@ inline SavedModel gather(const NamedTensors& parameters, const NamedTensors& buf
   return saved;
 }
 
-inline void write_body(SaveWriter& out, const SavedModel& saved) {
+template <class = void>
+void write_body(SaveWriter& out, const SavedModel& saved) {
   out.number(std::uint64_t{saved.entries.size()});
   for (const SavedEntry& entry : saved.entries) {
     out.number(static_cast<std::uint8_t>(entry.buffer));
@@ -89,7 +90,8 @@ inline void write_body(SaveWriter& out, const SavedModel& saved) {
   for (const at::Tensor& tensor : saved.tensors) out.tensor(tensor);
 }
 
-inline void write_model(std::ostream& out, const SavedModel& saved) {
+template <class = void>
+void write_model(std::ostream& out, const SavedModel& saved) {
   SaveWriter measure(nullptr);
   write_body(measure, saved);
   out.write(kSaveMagic.data(), static_cast<std::streamsize>(kSaveMagic.size()));
@@ -103,7 +105,8 @@ inline void write_model(std::ostream& out, const SavedModel& saved) {
   out.flush();
 }
 
-inline SavedModel read_body(SaveReader& in) {
+template <class = void>
+SavedModel read_body(SaveReader& in) {
   SavedModel saved;
   saved.entries.resize(in.count(2 + 5 * 8));
   for (SavedEntry& entry : saved.entries) {
@@ -129,7 +132,8 @@ inline SavedModel read_body(SaveReader& in) {
 }
 
 /// Reads and checks everything that can be checked without a model.
-inline SavedModel read_model(std::istream& in, const std::string& what) {
+template <class = void>
+SavedModel read_model(std::istream& in, const std::string& what) {
   std::string magic(kSaveMagic.size(), '\0');
   std::uint32_t version = 0;
   std::uint64_t length = 0, sum = 0;
