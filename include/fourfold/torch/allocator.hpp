@@ -46,7 +46,7 @@ namespace fourfold::door {
 /// One in a process, never destroyed: tensors may outlive main.
 class [[gnu::visibility("default")]] CountingAllocator final : public c10::Allocator {
  public:
-  static constexpr std::uint32_t kAbi = 2;  ///< changes with this class, its counters and its arena
+  static constexpr std::uint32_t kAbi = 3;  ///< changes with this class, its counters and its arena
   static constexpr const char* kName = "allocator";
 
   /// From this size on a block is a page range of its own; below it comes from malloc.
@@ -75,7 +75,7 @@ class [[gnu::visibility("default")]] CountingAllocator final : public c10::Alloc
   bool retag(const c10::DataPtr& block, Place place) {
     if (!owns(block)) return false;
     Header& header = header_of(block.get_context());
-    counters_.move(header.bytes, header.place, place);
+    counters_.move(block.get_context(), header.bytes, header.place, place);
     return true;
   }
 
@@ -148,7 +148,7 @@ inline c10::DataPtr CountingAllocator::allocate(std::size_t nbytes) {
   }
   const Place place = current_place();
   new (data - sizeof(Header)) Header{static_cast<std::int64_t>(nbytes), mapped, base, kLive, place};
-  counters_.add(static_cast<std::int64_t>(nbytes), place);
+  counters_.add(data, static_cast<std::int64_t>(nbytes), place);
   c10::profiledCPUMemoryReporter().New(data, nbytes);
   return {data, data, deleter_, cpu};
 }
@@ -158,7 +158,7 @@ inline void CountingAllocator::free_block(void* data) {
   CountingAllocator& self = counting_allocator();
   Header& header = header_of(data);
   c10::profiledCPUMemoryReporter().Delete(data);
-  self.counters_.subtract(header.bytes, header.place);
+  self.counters_.subtract(data, header.bytes, header.place);
   header.magic = kFreed;
   if (header.mapped != 0) {
     self.arena_.give(header.base, header.mapped);
