@@ -65,9 +65,9 @@ class CosineAnnealingLR final : public Scheduler {
     archive.write("T_max", c10::IValue(options_.T_max));
     archive.write("eta_min", c10::IValue(options_.eta_min));
   }
-  std::function<void()> read_options(::torch::serialize::InputArchive& archive) override {
-    const CosineAnnealingLROptions read{.T_max = detail::scheduler_int(archive, "T_max"),
-                                        .eta_min = detail::scheduler_double(archive, "eta_min")};
+  std::function<void()> read_options(const door::ArchiveReader& file) override {
+    const CosineAnnealingLROptions read{.T_max = file.read_int("T_max"),
+                                        .eta_min = file.read_double("eta_min")};
     check(read);
     return [this, read] { options_ = read; };
   }

@@ -55,10 +55,10 @@ class LinearLR final : public Scheduler {
     archive.write("end_factor", c10::IValue(options_.end_factor));
     archive.write("total_iters", c10::IValue(options_.total_iters));
   }
-  std::function<void()> read_options(::torch::serialize::InputArchive& archive) override {
-    const LinearLROptions read{.start_factor = detail::scheduler_double(archive, "start_factor"),
-                               .end_factor = detail::scheduler_double(archive, "end_factor"),
-                               .total_iters = detail::scheduler_int(archive, "total_iters")};
+  std::function<void()> read_options(const door::ArchiveReader& file) override {
+    const LinearLROptions read{.start_factor = file.read_double("start_factor"),
+                               .end_factor = file.read_double("end_factor"),
+                               .total_iters = file.read_int("total_iters")};
     check(read);
     return [this, read] { options_ = read; };
   }

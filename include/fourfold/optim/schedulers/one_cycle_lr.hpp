@@ -174,19 +174,18 @@ class OneCycleLR final : public Scheduler {
     archive.write("final_div_factor", c10::IValue(options_.final_div_factor));
     archive.write("three_phase", c10::IValue(options_.three_phase));
   }
-  std::function<void()> read_options(::torch::serialize::InputArchive& archive) override {
-    Options read{.max_lr = detail::scheduler_doubles(archive, "max_lr", groups()),
-                 .total_steps = detail::scheduler_int(archive, "total_steps"),
-                 .pct_start = detail::scheduler_double(archive, "pct_start"),
-                 .anneal_strategy = detail::scheduler_bool(archive, "anneal_linear")
-                                        ? AnnealStrategy::kLinear
-                                        : AnnealStrategy::kCos,
-                 .cycle_momentum = detail::scheduler_bool(archive, "cycle_momentum"),
-                 .base_momentum = detail::scheduler_doubles(archive, "base_momentum", groups()),
-                 .max_momentum = detail::scheduler_doubles(archive, "max_momentum", groups()),
-                 .div_factor = detail::scheduler_double(archive, "div_factor"),
-                 .final_div_factor = detail::scheduler_double(archive, "final_div_factor"),
-                 .three_phase = detail::scheduler_bool(archive, "three_phase"),
+  std::function<void()> read_options(const door::ArchiveReader& file) override {
+    Options read{.max_lr = read_per_group(file, "max_lr"),
+                 .total_steps = file.read_int("total_steps"),
+                 .pct_start = file.read_double("pct_start"),
+                 .anneal_strategy = file.read_bool("anneal_linear") ? AnnealStrategy::kLinear
+                                                                    : AnnealStrategy::kCos,
+                 .cycle_momentum = file.read_bool("cycle_momentum"),
+                 .base_momentum = read_per_group(file, "base_momentum"),
+                 .max_momentum = read_per_group(file, "max_momentum"),
+                 .div_factor = file.read_double("div_factor"),
+                 .final_div_factor = file.read_double("final_div_factor"),
+                 .three_phase = file.read_bool("three_phase"),
                  .set_momentum = options_.set_momentum};
     check_steps(read);
     check(read);

@@ -50,9 +50,9 @@ class PolynomialLR final : public Scheduler {
     archive.write("total_iters", c10::IValue(options_.total_iters));
     archive.write("power", c10::IValue(options_.power));
   }
-  std::function<void()> read_options(::torch::serialize::InputArchive& archive) override {
-    const PolynomialLROptions read{.total_iters = detail::scheduler_int(archive, "total_iters"),
-                                   .power = detail::scheduler_double(archive, "power")};
+  std::function<void()> read_options(const door::ArchiveReader& file) override {
+    const PolynomialLROptions read{.total_iters = file.read_int("total_iters"),
+                                   .power = file.read_double("power")};
     check(read);
     return [this, read] { options_ = read; };
   }

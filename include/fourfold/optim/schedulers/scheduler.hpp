@@ -16,8 +16,8 @@
 /// as at first, then load both: constructing a scheduler afterwards would overwrite loaded rates.
 ///
 /// Yours: derive, give next() and name(), and call start() at the end of the constructor.
-#include <fourfold/optim/schedulers/detail/archive.hpp>
 #include <fourfold/optim/schedulers/detail/initial_lrs.hpp>
+#include <fourfold/torch/archive.hpp>
 
 #include <torch/optim/schedulers/lr_scheduler.h>
 #include <functional>
@@ -51,7 +51,7 @@ class Scheduler : public ::torch::optim::LRScheduler {
   /// then the options by their names; a SequentialLR's parts lie in part0, part1, ... torch::save
   /// and torch::load work too. Rates and momentum of groups are the optimizer's to save.
   void save(::torch::serialize::OutputArchive& archive) const {
-    archive.write("fourfold_scheduler", c10::IValue(detail::kSchedulerVersion));
+    archive.write("fourfold_scheduler", c10::IValue(kFormatVersion));
     archive.write("name", c10::IValue(name()));
     archive.write("last_epoch", c10::IValue(last_epoch()));
     archive.write("base_lrs", c10::IValue(base_lrs_));
@@ -83,8 +83,17 @@ class Scheduler : public ::torch::optim::LRScheduler {
 
   virtual void write_options(::torch::serialize::OutputArchive&) const {}
   /// Reads and checks; what it gives then changes the scheduler, and cannot fail.
-  virtual std::function<void()> read_options(::torch::serialize::InputArchive&) {
+  virtual std::function<void()> read_options(const door::ArchiveReader&) {
     return [] {};
+  }
+
+  /// A value for each group, from a file.
+  std::vector<double> read_per_group(const door::ArchiveReader& file, const char* key) const {
+    auto values = file.read_doubles(key);
+    TORCH_CHECK(values.size() == groups(), "'", key, "' in the file of a scheduler is for ",
+                values.size(), " parameter groups, and this optimizer has ", groups(),
+                "; load it for an optimizer with the groups that it was saved with");
+    return values;
   }
 
   /// Epoch 0: for the end of a constructor.
@@ -112,6 +121,7 @@ class Scheduler : public ::torch::optim::LRScheduler {
 
  private:
   friend class SequentialLR;
+  static constexpr std::int64_t kFormatVersion = 1;
 
   void begin(Lrs (Scheduler::*rates)(const Lrs&)) {
     check_groups();
@@ -137,24 +147,16 @@ class Scheduler : public ::torch::optim::LRScheduler {
 };
 
 inline std::function<void()> Scheduler::read(::torch::serialize::InputArchive& archive) {
-  c10::IValue version;
-  TORCH_CHECK(archive.try_read("fourfold_scheduler", version) && version.isInt(),
-              "the archive does not hold the state of a fourfold scheduler; give it the archive "
-              "that Scheduler::save wrote to");
-  TORCH_CHECK(version.toInt() >= 1 && version.toInt() <= detail::kSchedulerVersion,
-              "the file of a scheduler has format version ", version.toInt(),
-              ", and this fourfold reads versions 1 to ", detail::kSchedulerVersion,
-              "; update fourfold, or save it again");
-  const std::string saved =
-      detail::scheduler_value(archive, "name", &c10::IValue::isString, "a text").toStringRef();
+  const door::ArchiveReader file(archive, "the file of a scheduler");
+  file.read_version("fourfold_scheduler", kFormatVersion, "the state of a fourfold scheduler");
+  const std::string saved = file.read_string("name");
   TORCH_CHECK(saved == name(), "the file holds the state of a ", saved, ", and this is a ", name(),
               "; load it into a ", saved);
-  const std::int64_t epoch = detail::scheduler_int(archive, "last_epoch");
+  const std::int64_t epoch = file.read_int("last_epoch");
   TORCH_CHECK(epoch >= 0 && epoch <= std::numeric_limits<unsigned>::max(),
               "the file of a scheduler says epoch ", epoch, ": the file is damaged; save it again");
-  return [this, epoch, base = detail::scheduler_doubles(archive, "base_lrs", groups()),
-          last = detail::scheduler_doubles(archive, "last_lrs", groups()),
-          set_options = read_options(archive)] {
+  return [this, epoch, base = read_per_group(file, "base_lrs"),
+          last = read_per_group(file, "last_lrs"), set_options = read_options(file)] {
     step_count_ = static_cast<unsigned>(epoch);
     base_lrs_ = base;
     last_lrs_ = last;

@@ -84,15 +84,13 @@ class SequentialLR final : public Scheduler {
       archive.write("part" + std::to_string(i), part);
     }
   }
-  std::function<void()> read_options(::torch::serialize::InputArchive& archive) override {
-    std::vector<std::int64_t> milestones = detail::scheduler_ints(archive, "milestones");
+  std::function<void()> read_options(const door::ArchiveReader& file) override {
+    std::vector<std::int64_t> milestones = file.read_ints("milestones");
     check(milestones);
     std::vector<std::function<void()>> parts;
     for (std::size_t i = 0; i < schedulers_.size(); ++i) {
       ::torch::serialize::InputArchive part;
-      const std::string key = "part" + std::to_string(i);
-      TORCH_CHECK(archive.try_read(key, part), "the file of a scheduler has no '", key,
-                  "': it is damaged or cut off; save it again");
+      file.read_part("part" + std::to_string(i), part);
       parts.push_back(schedulers_[i]->read(part));
     }
     return [this, milestones = std::move(milestones), parts = std::move(parts)] {

@@ -101,20 +101,20 @@ class WarmupStableDecayLR final : public Scheduler {
     archive.write("decay_type", c10::IValue(static_cast<std::int64_t>(options_.decay_type)));
     archive.write("min_lr_ratio", c10::IValue(options_.min_lr_ratio));
   }
-  std::function<void()> read_options(::torch::serialize::InputArchive& archive) override {
+  std::function<void()> read_options(const door::ArchiveReader& file) override {
     const auto shape = [&](const char* key) {
-      const std::int64_t value = detail::scheduler_int(archive, key);
+      const std::int64_t value = file.read_int(key);
       TORCH_CHECK(value >= 0 && value <= static_cast<std::int64_t>(Shape::kOneMinusSqrt), "'", key,
                   "' in the file of a scheduler is ", value,
                   ", and shapes are 0 to 2: the file is damaged; save it again");
       return static_cast<Shape>(value);
     };
-    const Options read{.num_warmup_steps = detail::scheduler_int(archive, "num_warmup_steps"),
-                       .num_stable_steps = detail::scheduler_int(archive, "num_stable_steps"),
-                       .num_decay_steps = detail::scheduler_int(archive, "num_decay_steps"),
+    const Options read{.num_warmup_steps = file.read_int("num_warmup_steps"),
+                       .num_stable_steps = file.read_int("num_stable_steps"),
+                       .num_decay_steps = file.read_int("num_decay_steps"),
                        .warmup_type = shape("warmup_type"),
                        .decay_type = shape("decay_type"),
-                       .min_lr_ratio = detail::scheduler_double(archive, "min_lr_ratio")};
+                       .min_lr_ratio = file.read_double("min_lr_ratio")};
     check(read);
     return [this, read] { options_ = read; };
   }
