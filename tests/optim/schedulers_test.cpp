@@ -261,6 +261,7 @@ TEST(Schedulers, SequentialIsPythonsToTheLastBit) {
          polynomial({.total_iters = 9, .power = 1.5}), cosine({.T_max = 6, .eta_min = 1e-4}));
   expect(reference::kPartLeftOut, {5, 5}, linear({.start_factor = 0.2}), powers,
          polynomial({.total_iters = 6}));
+  expect(reference::kIntoRoundedCosine, {2}, powers, cosine({.T_max = 5, .eta_min = 0.011}));
   expect(reference::kIntoOneCycle, {6}, linear({.start_factor = 0.5}), one_cycle);
   expect(reference::kOneCycleFirst, {13}, one_cycle, cosine({.T_max = 5}));
 }

@@ -475,6 +475,17 @@ inline constexpr double kPartLeftOut[][2] = {
     {0x0.0p+0, 0x0.0p+0},
 };
 
+inline constexpr double kIntoRoundedCosine[][2] = {
+    {0x1.999999999999ap-4, 0x1.89374bc6a7efap-9},
+    {0x1.851eb851eb852p-4, 0x1.758e219652bd4p-9},
+    {0x1.999999999999ap-4, 0x1.89374bc6a7ef8p-9},
+    {0x1.76ca05722a3e6p-4, 0x1.ed5899e1cb7a4p-9},
+    {0x1.1ba7348cc9fcdp-4, 0x1.79bebb88730d0p-8},
+    {0x1.56017621d0608p-5, 0x1.0de1254e35110p-7},
+    {0x1.3f77a8ae1fbaep-6, 0x1.4f6a5c99fbb8fp-7},
+    {0x1.6872b020c49bap-7, 0x1.6872b020c49bap-7},
+};
+
 inline constexpr double kIntoOneCycle[][2] = {
     {0x1.0624dd2f1a9fcp-7, 0x1.0624dd2f1a9fcp-7},
     {0x1.3a92a30553261p-7, 0x1.3a92a30553261p-7},

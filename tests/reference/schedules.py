@@ -122,6 +122,7 @@ TABLES = {
     "FourParts": sequential(40, [4, 10, 22], powers, linear(start_factor=0.5, total_iters=5),
                             polynomial(9, 1.5), cosine(6, 1e-4)),
     "PartLeftOut": sequential(15, [5, 5], linear(start_factor=0.2), powers, polynomial(6)),
+    "IntoRoundedCosine": sequential(8, [2], powers, cosine(5, 0.011)),  # 0.011 + (3e-3 - 0.011)
     "IntoOneCycle": sequential(20, [6], linear(start_factor=0.5), lambda o: lr.OneCycleLR(
         o, max_lr=0.4, total_steps=13, cycle_momentum=False)),
     "OneCycleFirst": sequential(20, [13], lambda o: lr.OneCycleLR(
