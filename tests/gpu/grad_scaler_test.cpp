@@ -4,7 +4,7 @@
 #include <gtest/gtest.h>
 #include <torch/torch.h>
 #include <fourfold/cuda/kernels.hpp>
-#include <tests/gradients/scripted_runs.hpp>
+#include "tests/gradients/scripted_runs.hpp"
 
 namespace {
 

@@ -4,7 +4,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 #include <torch/torch.h>
-#include <tests/gradients/scripted_runs.hpp>
+#include "tests/gradients/scripted_runs.hpp"
 
 #include <sstream>
 

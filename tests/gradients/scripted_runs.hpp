@@ -5,7 +5,7 @@
 
 #include <gtest/gtest.h>
 #include <torch/torch.h>
-#include <tests/reference/grad_scales.hpp>
+#include "tests/reference/grad_scales.hpp"
 
 #include <cmath>
 #include <limits>

@@ -5,7 +5,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 #include <torch/torch.h>
-#include <tests/reference/schedules.hpp>
+#include "tests/reference/schedules.hpp"
 
 #include <cmath>
 #include <sstream>
