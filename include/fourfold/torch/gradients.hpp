@@ -74,6 +74,10 @@ inline GradientChain* gradient_chain(const at::Tensor& leaf) {
 
 }  // namespace detail
 
+class GradientHooks;
+template <class = void>
+GradientHooks after_gradients(at::TensorList leaves, AfterGradient after);
+
 /// Keeps the hooks of one after_gradients() in place until it dies or remove() is called. Not to be
 /// removed while another thread runs a backward over the same leaves.
 class [[nodiscard]] GradientHooks {
@@ -122,7 +126,7 @@ class [[nodiscard]] GradientHooks {
 /// gone. A leaf named twice (a tied parameter) is hooked once; undefined tensors are passed over,
 /// and leaves that do not require a gradient now are hooked for the day they do. A tensor that is
 /// no leaf is an error, and then nothing is hooked.
-template <class = void>
+template <class>
 GradientHooks after_gradients(at::TensorList leaves, AfterGradient after) {
   TORCH_CHECK(after,
               "after_gradients got an empty function; pass what shall be called with each leaf");
