@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
-/// All of fourfold. Each part may be included alone.
+/// What a training program needs. Each part may be included alone; beside these, for those who want
+/// them, stand report/timeline.hpp, optim/schedulers.hpp and gradients/grad_scaler.hpp.
 #include <fourfold/activations/checkpoint.hpp>
 #include <fourfold/activations/checkpoint_sequential.hpp>
 #include <fourfold/activations/chunked.hpp>
