@@ -2,7 +2,7 @@
 #pragma once
 /// A causal transformer as a LibTorch user would write it: pre-norm blocks, fused attention, a
 /// linear head. All that it knows of fourfold is block(), which names what a pipeline may recompute
-/// and is a plain call under any other. examples/train_lm and bench/train_step share it.
+/// and is a plain call under any other, and linear_cross_entropy() in loss(). examples/train_lm and bench/train_step share it.
 #include <fourfold/activations/blocks.hpp>
 #include <fourfold/activations/linear_cross_entropy.hpp>
 

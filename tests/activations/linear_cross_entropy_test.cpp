@@ -204,6 +204,82 @@ TEST(LinearCrossEntropy, GoesBackwardTwiceWhereTheGraphIsRetained) {
               HasSubstr("backward through the graph a second time"));
 }
 
+TEST(LinearCrossEntropy, ScalesOnceWhateverWentWrongBefore) {
+  Problem p;
+  const at::Tensor loss = linear_cross_entropy(p.hidden, p.weight, p.target) * 3;
+  EXPECT_THAT(message_of([&] {
+                (void)torch::autograd::grad({loss}, {p.hidden}, {}, false, /*create_graph=*/true);
+              }),
+              HasSubstr("no second derivative"));
+  p.bias = torch::Tensor();
+  const at::Tensor expected = torch::autograd::grad({p.plain({}) * 3}, {p.hidden})[0];
+  for (int i = 0; i < 3; ++i)
+    expect_same(torch::autograd::grad({loss}, {p.hidden}, {}, /*retain_graph=*/true)[0], expected);
+}
+
+// fp16 holds 2^-24 and 65504 at the least and the most: the factor 1 / rows and a loss scale of 2^16
+// are beyond it, the gradients are not.
+TEST(LinearCrossEntropy, TakesALossScaleInFp16) {
+  torch::manual_seed(7);
+  const at::Tensor hidden = torch::randn({2048, 32}), weight = torch::randn({500, 32}) * 0.2;
+  const at::Tensor target = torch::randint(500, {2048}, torch::kLong);
+  const auto gradients = [&](at::ScalarType dtype, double scale) {
+    const auto h = hidden.to(torch::kHalf).to(dtype).requires_grad_();
+    const auto w = weight.to(torch::kHalf).to(dtype).requires_grad_();
+    at::autocast::set_autocast_enabled(torch::kCPU, dtype == torch::kHalf);
+    at::autocast::set_autocast_dtype(torch::kCPU, torch::kHalf);
+    const auto loss = linear_cross_entropy(h, w, target, {.rows = 300}) * scale;
+    at::autocast::set_autocast_enabled(torch::kCPU, false);
+    auto all = torch::autograd::grad({loss}, {h, w});
+    for (at::Tensor& one : all) one = one.to(torch::kDouble) / scale;
+    return all;
+  };
+  const auto exact = gradients(torch::kDouble, 1), half = gradients(torch::kHalf, 65536);
+  // Logits (of size 6 at most), their gradient and the result are rounded to 11 bits each.
+  for (std::size_t i = 0; i < exact.size(); ++i) {
+    EXPECT_TRUE(half[i].isfinite().all().item<bool>());
+    EXPECT_LE((half[i] - exact[i]).norm().item<double>(),
+              (2 * 6 + 2) * 0x1p-11 * exact[i].norm().item<double>());
+  }
+}
+
+TEST(LinearCrossEntropy, AutocastLeavesDoubleAlone) {
+  Problem p;
+  at::autocast::set_autocast_enabled(torch::kCPU, true);
+  at::autocast::set_autocast_dtype(torch::kCPU, torch::kBFloat16);
+  const at::Tensor got = linear_cross_entropy(p.hidden, p.weight, p.target, {.bias = p.bias});
+  at::autocast::set_autocast_enabled(torch::kCPU, false);
+  expect_same(got, p.plain({}));
+}
+
+TEST(LinearCrossEntropy, AnIgnoredRowMayHoldAnything) {
+  Problem p;
+  const torch::NoGradGuard no_grad;
+  p.hidden[1][2].fill_(std::numeric_limits<double>::quiet_NaN());
+  p.target[1][2] = -100;
+  for (double smoothing : {0.0, 0.1}) {
+    const Loss loss = Loss().label_smoothing(smoothing);
+    expect_same(linear_cross_entropy(p.hidden, p.weight, p.target, {.bias = p.bias, .loss = loss}),
+                p.plain(loss));
+  }
+}
+
+TEST(LinearCrossEntropy, NoRowsAreAsLibTorchHasThem) {
+  Problem p;
+  const at::Tensor hidden = p.hidden.view({-1, 16}).slice(0, 0, 0);
+  const at::Tensor target = p.target.view({-1}).slice(0, 0, 0);
+  for (const Loss::reduction_t& reduction :
+       {Loss::reduction_t(torch::kMean), Loss::reduction_t(torch::kSum),
+        Loss::reduction_t(torch::kNone)}) {
+    Loss loss;
+    loss.reduction(reduction);
+    const at::Tensor got = linear_cross_entropy(hidden, p.weight, target, {.loss = loss});
+    const at::Tensor expected = F::cross_entropy(F::linear(hidden, p.weight), target, loss);
+    EXPECT_EQ(got.sizes(), expected.sizes());
+    EXPECT_TRUE(torch::allclose(got, expected, 0, 0, /*equal_nan=*/true));
+  }
+}
+
 TEST(LinearCrossEntropy, HasASecondDerivativeByPiecesOnly) {
   Problem p;
   const at::Tensor loss = linear_cross_entropy(p.hidden, p.weight, p.target);

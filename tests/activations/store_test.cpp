@@ -167,6 +167,16 @@ TEST(ActivationStore, WhatWasDecodedIsNotRoundedAgain) {
     EXPECT_TRUE(torch::equal(door::detail::unpack_from(*again), expected));
   }
   back = door::detail::unpack_from(*saved);
+  {  // by a version counter of its own, too
+    const auto written = within(store, [&] {
+      back.data().mul_(3);
+      return door::detail::pack_with(*store, back);
+    });
+    const auto expected = back.clone();
+    back.reset();
+    expect_near(door::detail::unpack_from(*written), expected);
+  }
+  back = door::detail::unpack_from(*saved);
   back.mul_(3);  // other values: a payload of their own
   const auto other = door::detail::pack_with(*store, back);
   EXPECT_GT(store->held_bytes().current, held);

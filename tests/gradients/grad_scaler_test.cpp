@@ -170,6 +170,18 @@ TEST(GradScaler, EachCallHasItsPlaceInTheIteration) {
   EXPECT_EQ(scaler.state_dict()->growth_tracker, 1);
 }
 
+TEST(GradScaler, AStepWithoutGradientsLeavesTheIterationOpen) {
+  const auto p = torch::ones({2}).requires_grad_();
+  torch::optim::SGD optimizer({p}, torch::optim::SGDOptions(0.5));
+  GradScaler scaler(GradScalerOptions{.init_scale = 4});
+  const auto loss = scaler.scale(p.sum());
+  EXPECT_THAT(message([&] { scaler.step(optimizer); }), HasSubstr("call backward on scale(loss)"));
+  loss.backward();
+  scaler.step(optimizer);
+  scaler.update();
+  EXPECT_TRUE(p.equal(torch::full({2}, 0.5)));
+}
+
 TEST(GradScaler, Fp16GradientsAreRefusedUntouched) {
   GradScaler scaler({.init_scale = 4});
   const auto whole = torch::ones({3}).requires_grad_();
@@ -205,6 +217,8 @@ TEST(GradScaler, ANewScaleIsADoubleOrATensorThatIsCopied) {
   scaler.update(given);
   given.fill_(3);
   EXPECT_EQ(scaler.get_scale(), 16);
+  EXPECT_THAT(message([&] { scaler.update(torch::zeros({})); }),
+              HasSubstr("new_scale is 0; give a scale above 0"));
   EXPECT_THAT(message([&] { scaler.update(torch::ones({2})); }),
               HasSubstr("new_scale is Float of sizes [2]; give a double, or one floating value "
                         "with requires_grad off"));

@@ -280,7 +280,7 @@ TEST(Schedulers, SequentialRefusesWhatItCannotRun) {
   EXPECT_THAT(words({linear, second}, {3, 4}),
               HasSubstr("got 2 schedulers and 2 milestones; give one milestone fewer"));
   EXPECT_THAT(words({linear, second}, {0}),
-              HasSubstr("milestone 0 comes after 1; give epochs in ascending order"));
+              HasSubstr("milestone 0 is below 1; give epochs in ascending order"));
   const auto inner = part<SequentialLR>(optimizer, std::vector<std::shared_ptr<Scheduler>>{second},
                                         std::vector<std::int64_t>{});
   EXPECT_THAT(words({linear, inner}, {3}),
@@ -496,6 +496,16 @@ TEST(Schedulers, AScheduleOfOnesOwnIsAPart) {
   SequentialLR scheduler(optimizer, {part<PolynomialLR>(optimizer), part<Halving>(optimizer)}, {2});
   for (int epoch = 0; epoch < 4; ++epoch) scheduler.step();
   EXPECT_THAT(rates(optimizer), ElementsAre(0.025, 7.5e-4));
+}
+
+TEST(Schedulers, AFileThatCyclesMomentumIsForAnOptimizerThatHasOne) {
+  torch::optim::SGD sgd({torch::ones({2})}, torch::optim::SGDOptions(1).momentum(0.5));
+  torch::optim::Adagrad adagrad({torch::ones({2})}, torch::optim::AdagradOptions(1));
+  OneCycleLR from(sgd, {.max_lr = 0.1, .total_steps = 10});
+  OneCycleLR to(adagrad, {.max_lr = 0.1, .total_steps = 10, .cycle_momentum = false});
+  EXPECT_THAT(message([&] { load(to, saved(from)); }),
+              HasSubstr("a group's options have neither betas nor momentum that it knows"));
+  EXPECT_FALSE(to.options().cycle_momentum);
 }
 
 }  // namespace

@@ -16,6 +16,7 @@
 #include <filesystem>
 #include <fstream>
 #include <functional>
+#include <locale>
 #include <map>
 #include <numeric>
 #include <sstream>
@@ -374,6 +375,26 @@ TEST_F(Timelines, NamesAreEscaped) {
   const std::string page = html(timeline);
   EXPECT_THAT(page, HasSubstr("&lt;/script&gt;&quot;\\    &amp; &#39;&lt;b&gt;&#39;"));
   EXPECT_THAT(page, Not(HasSubstr("<b>")));
+}
+
+struct Grouping : std::numpunct<char> {
+  char do_thousands_sep() const override { return '.'; }
+  char do_decimal_point() const override { return ','; }
+  std::string do_grouping() const override { return "\3"; }
+};
+
+TEST_F(Timelines, ALocaleOfTheProgramsDoesNotShow) {
+  Timeline timeline;
+  const at::Tensor held = bytes(50 << 20);
+  timeline.stop();
+  const Json expected = trace(timeline);
+  const std::string page = html(timeline);
+  const std::locale before = std::locale::global(std::locale(std::locale(), new Grouping));
+  const Json got = trace(timeline);
+  const std::string again = html(timeline);
+  std::locale::global(before);
+  EXPECT_EQ(got, expected);
+  EXPECT_EQ(again, page);
 }
 
 TEST_F(Timelines, SeesAllThreadsAndFreesOnAnother) {

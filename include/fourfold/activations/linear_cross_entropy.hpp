@@ -5,7 +5,8 @@
 /// over: logits, their log-softmax and its gradient.
 ///
 ///   auto loss = F::cross_entropy(head(hidden), target, options);                            // plain
-///   auto loss = fourfold::linear_cross_entropy(hidden, head->weight, target, {.loss = options});
+///   auto loss = fourfold::linear_cross_entropy(hidden, head->weight, target,
+///                                              {.bias = head->bias, .loss = options});
 ///
 /// Where there is something to train, forward computes the gradients of hidden, weight and bias
 /// along with the loss, a piece of rows at a time, in place of the piece's logits (as Liger Kernel
@@ -58,6 +59,7 @@ struct LinearCrossEntropy {
   /// Together with gradients, of what they are asked.
   struct Result {
     at::Tensor loss, hidden, weight, bias;
+    at::Tensor factor;  ///< of the gradients: 1 / (weight of the rows) for a mean, else 1
   };
   [[nodiscard]] Result with_gradients(bool of_hidden, bool of_weight, bool of_bias) const;
 };
@@ -131,7 +133,8 @@ at::Tensor LinearCrossEntropy<V>::recomputed() const {
     return at::cross_entropy_loss(at::linear(x, weight, bias), y, class_weight, sum_or_none,
                                   ignore_index, smoothing);
   };
-  at::Tensor loss = chunked(piece, (n + rows - 1) / rows, sum_or_none)(hidden, target);
+  at::Tensor loss =
+      chunked(piece, std::max<std::int64_t>(1, (n + rows - 1) / rows), sum_or_none)(hidden, target);
   if (reduction != at::Reduction::Mean) return loss;
   const at::Tensor counted = target.ne(ignore_index);
   return loss / (class_weight.defined()
@@ -147,7 +150,8 @@ typename LinearCrossEntropy<V>::Result LinearCrossEntropy<V>::with_gradients(boo
   // Autocast would cast the weight for each piece, and remember a cast that has no gradient.
   auto autocast = door::AutocastState::current();
   const at::DeviceType device = hidden.device().type();
-  const bool cast = at::autocast::is_autocast_enabled(device);
+  const bool cast =
+      at::autocast::is_autocast_enabled(device) && hidden.scalar_type() != at::kDouble;
   const at::ScalarType dtype =
       cast ? at::autocast::get_autocast_dtype(device) : hidden.scalar_type();
   for (auto& each : autocast.devices) each.enabled = false;
@@ -167,7 +171,8 @@ typename LinearCrossEntropy<V>::Result LinearCrossEntropy<V>::with_gradients(boo
   weight_of_row.masked_fill_(ignored, 0);
   const at::Tensor total =
       reduction == at::Reduction::Mean ? weight_of_row.sum() : at::ones({}, options);
-  const at::Tensor share = total.reciprocal().expand({n}).masked_fill(ignored, 0);  // of each row
+  // The factor 1 / total waits for backward, lest gradients of a long mean underflow in fp16.
+  const at::Tensor share = at::ones({n}, options).masked_fill_(ignored, 0);
   const at::Tensor own = weight_of_row.mul_(1 - smoothing);
   const double even = smoothing / static_cast<double>(classes);
   const at::Tensor all_classes =
@@ -194,12 +199,11 @@ typename LinearCrossEntropy<V>::Result LinearCrossEntropy<V>::with_gradients(boo
                                                    : z.sum(1);
     const at::Tensor powers = z.exp_().sum(1), log_of_sum = powers.log();
     at::Tensor losses = piece(own) * (log_of_sum - at_class);
-    if (even != 0)
-      losses += (all_classes * log_of_sum - at_all).mul_(even).masked_fill_(piece(ignored), 0);
-    sum += losses.sum();
+    if (even != 0) losses += (all_classes * log_of_sum - at_all).mul_(even);
+    sum += losses.masked_fill_(piece(ignored), 0).sum();  // also where such a row is not finite
     if (!of_hidden && !of_weight && !of_bias) continue;
 
-    // d loss / d logits = share * ((sum over c of a) * softmax - a)
+    // d (total * loss) / d logits = share * ((sum over c of a) * softmax - a)
     z.mul_(column((piece(own) + all_classes * even).mul_(piece(share)).div_(powers)));
     z.scatter_add_(1, y, column(piece(own) * piece(share)).neg_());
     if (even != 0 && of_class.defined()) z.addr_(piece(share), of_class, 1, -even);
@@ -211,8 +215,7 @@ typename LinearCrossEntropy<V>::Result LinearCrossEntropy<V>::with_gradients(boo
     if (of_weight && dtype != exact) result.weight.add_(at::mm(z.t(), x));
   }
   result.loss = (sum / total).to(cast ? at::kFloat : hidden.scalar_type());
-  if (of_weight) result.weight = result.weight.to(weight.scalar_type());
-  if (of_bias) result.bias = result.bias.to(bias.scalar_type());
+  result.factor = total.reciprocal().masked_fill_(total.eq(0), 0);
   return result;
 }
 
@@ -238,7 +241,7 @@ at::Tensor linear_cross_entropy(const at::Tensor& hidden, const at::Tensor& weig
   auto result = problem.with_gradients(trained(hidden), trained(weight), trained(options.bias));
   if (!trained(hidden) && !trained(weight) && !trained(options.bias)) return result.loss;
   return door::with_gradients("linear_cross_entropy", result.loss,
-                              {problem.hidden, weight, options.bias},
+                              {problem.hidden, weight, options.bias}, result.factor,
                               {result.hidden, result.weight, result.bias});
 }
 

@@ -168,6 +168,7 @@ class StorageIndex : public std::enable_shared_from_this<StorageIndex> {
     for (const std::shared_ptr<Stored>& one : all_of(key)) one->before_write();
     const std::lock_guard lock(mutex_);
     if (Entry* found = entries_.find(key)) found->stored.clear();
+    decoded_.erase(key);
   }
 
   /// Storages that are the model's own, or made of them alone: never packed.

@@ -101,7 +101,7 @@ class GradScaler {
   void update();
   /// Sets the scale. The count of finite iterations stays.
   void update(double new_scale);
-  /// Likewise, from one floating value, which is copied.
+  /// Likewise, from one floating value, which is copied. Waits for its device.
   void update(const at::Tensor& new_scale);
 
   /// The scale now; 1 where disabled. Waits for the device.
@@ -227,7 +227,7 @@ inline void GradScaler::unscale_(Optimizer& optimizer) {
     at::_amp_foreach_non_finite_check_and_unscale_(gradients, found_inf, factor);
   }
   for (auto& [device, tensors] : of_device) state.found_inf.push_back(tensors.first);
-  state.stage = Stage::kUnscaled;
+  if (!state.found_inf.empty()) state.stage = Stage::kUnscaled;
 }
 
 inline at::Tensor GradScaler::step(Optimizer& optimizer, Optimizer::LossClosure closure) {
@@ -291,6 +291,7 @@ inline void GradScaler::update(const at::Tensor& new_scale) {
                              new_scale.requires_grad() ? " with requires_grad" : "")
                   : "undefined",
               "; give a double, or one floating value with requires_grad off");
+  check_scale(new_scale.item<double>(), "new_scale");
   scale_.copy_(new_scale.reshape({}));
   end_iteration();
 }

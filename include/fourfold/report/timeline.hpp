@@ -32,6 +32,7 @@
 #include <cstdint>
 #include <cstring>
 #include <fstream>
+#include <locale>
 #include <memory>
 #include <optional>
 #include <string>
@@ -153,6 +154,7 @@ class Timeline {
                 std::strerror(errno),
                 "); wanted is a file in a folder that exists and may be written to: make the "
                 "folder, or give another path");
+    out.imbue(std::locale::classic());
     write(out);
     out.close();
     TORCH_CHECK(!out.fail(), "fourfold::Timeline: writing '", path, "' failed (",

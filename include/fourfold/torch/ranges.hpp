@@ -14,6 +14,7 @@
 /// of callbacks from under a lock at its next operator (tests/report/timeline_test.cpp tries).
 #include <ATen/record_function.h>
 #include <c10/util/Exception.h>
+#include <fourfold/torch/door_state.hpp>
 
 #include <memory>
 #include <mutex>
@@ -32,15 +33,14 @@ class RangeObserver {
 
 namespace detail {
 
-/// Where LibTorch's plain functions find the observer. Each shared library has its own.
-struct RangesState {
+/// Where LibTorch's plain functions find the observer.
+struct [[gnu::visibility("default")]] RangesState {
+  static constexpr std::uint32_t kAbi = 1;
+  static constexpr const char* kName = "ranges";
   std::mutex mutex;
   RangeObserver* observer = nullptr;
 };
-inline RangesState& ranges_state() {
-  static RangesState* const state = new RangesState;  // threads may outlive static destruction
-  return *state;
-}
+inline RangesState& ranges_state() { return door_state<RangesState>(); }
 
 inline std::unique_ptr<at::ObserverContext> range_began(const at::RecordFunction& range) {
   RangesState& state = ranges_state();
@@ -56,18 +56,20 @@ inline void range_ended(const at::RecordFunction& range, at::ObserverContext*) {
 
 }  // namespace detail
 
-/// One at a time in a shared library; the caller sees to it.
+/// One at a time in a process; the caller sees to it.
 class [[nodiscard]] RangesScope {
  public:
-  explicit RangesScope(RangeObserver& observer)
-      : handle_(at::addGlobalCallback(
-            at::RecordFunctionCallback(&detail::range_began, &detail::range_ended)
-                .scopes({at::RecordScope::FUNCTION, at::RecordScope::BACKWARD_FUNCTION,
-                         at::RecordScope::USER_SCOPE}))) {
+  explicit RangesScope(RangeObserver& observer) {
     detail::RangesState& state = detail::ranges_state();
-    const std::lock_guard lock(state.mutex);
-    TORCH_INTERNAL_ASSERT(state.observer == nullptr);
-    state.observer = &observer;
+    {
+      const std::lock_guard lock(state.mutex);
+      TORCH_INTERNAL_ASSERT(state.observer == nullptr);
+      state.observer = &observer;
+    }
+    handle_ = at::addGlobalCallback(
+        at::RecordFunctionCallback(&detail::range_began, &detail::range_ended)
+            .scopes({at::RecordScope::FUNCTION, at::RecordScope::BACKWARD_FUNCTION,
+                     at::RecordScope::USER_SCOPE}));
   }
   /// No call to the observer is under way once this has returned.
   ~RangesScope() {
@@ -80,7 +82,7 @@ class [[nodiscard]] RangesScope {
   RangesScope& operator=(const RangesScope&) = delete;
 
  private:
-  at::CallbackHandle handle_;
+  at::CallbackHandle handle_ = at::INVALID_CALLBACK_HANDLE;
 };
 
 }  // namespace fourfold::door

@@ -2,7 +2,9 @@
 #pragma once
 /// How a payload is made, and made again from its parts: a codec as a value, its type forgotten.
 #include <fourfold/core/payload.hpp>
+#include <fourfold/torch/door_state.hpp>
 
+#include <cstdint>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -39,22 +41,19 @@ template <Codec C>
 
 namespace detail {
 
-struct PayloadFormats {
+struct [[gnu::visibility("default")]] PayloadFormats {
+  static constexpr std::uint32_t kAbi = 1;
+  static constexpr const char* kName = "payload_formats";
   std::mutex mutex;
   std::vector<PayloadFormat> all;  // few
 };
-
-[[gnu::visibility("default")]] inline PayloadFormats& payload_formats() {
-  static PayloadFormats formats;
-  return formats;
-}
 
 }  // namespace detail
 
 /// Lets load() meet these codecs in a file. compress_weights<C> does it too.
 template <Codec... C>
 void register_codecs() {
-  detail::PayloadFormats& formats = detail::payload_formats();
+  detail::PayloadFormats& formats = door::door_state<detail::PayloadFormats>();
   const std::lock_guard lock(formats.mutex);
   const auto add = [&](PayloadFormat format) {
     for (const PayloadFormat& known : formats.all)
@@ -66,7 +65,7 @@ void register_codecs() {
 
 template <class = void>
 [[nodiscard]] std::optional<PayloadFormat> registered_codec(const std::string& name) {
-  detail::PayloadFormats& formats = detail::payload_formats();
+  detail::PayloadFormats& formats = door::door_state<detail::PayloadFormats>();
   const std::lock_guard lock(formats.mutex);
   for (const PayloadFormat& known : formats.all)
     if (known.codec == name) return known;

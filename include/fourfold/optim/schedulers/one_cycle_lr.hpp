@@ -54,11 +54,7 @@ class OneCycleLR final : public Scheduler {
     for_each_group(options_.base_momentum, "base_momentum");
     for_each_group(options_.max_momentum, "max_momentum");
     check(options_);
-    if (options_.cycle_momentum && !options_.set_momentum)
-      for (auto& group : optimizer.param_groups())
-        TORCH_CHECK(detail::visit_momentum(group.options(), [](double) {}),
-                    "OneCycleLR: a group's options have neither betas nor momentum that it knows; "
-                    "give set_momentum, or cycle_momentum = false");
+    check_momentum(options_);
     Lrs lrs = options_.max_lr.values;
     for (double& lr : lrs) lr /= options_.div_factor;
     set_initial_lrs(lrs);
@@ -76,6 +72,13 @@ class OneCycleLR final : public Scheduler {
     bool high;         ///< starts at the highest
   };
 
+  void check_momentum(const Options& o) const {
+    if (!o.cycle_momentum || o.set_momentum) return;
+    for (auto& group : optimizer().param_groups())
+      TORCH_CHECK(detail::visit_momentum(group.options(), [](double) {}),
+                  "OneCycleLR: a group's options have neither betas nor momentum that it knows; "
+                  "give set_momentum, or cycle_momentum = false");
+  }
   static void check_steps(const Options& o) {
     TORCH_CHECK(o.total_steps > 0 || (o.total_steps == 0 && o.epochs > 0 && o.steps_per_epoch > 0),
                 "OneCycleLR: total_steps is ", o.total_steps, ", epochs ", o.epochs,
@@ -189,6 +192,7 @@ class OneCycleLR final : public Scheduler {
                  .set_momentum = options_.set_momentum};
     check_steps(read);
     check(read);
+    check_momentum(read);
     return [this, read = std::move(read)] { options_ = read; };
   }
 

@@ -57,8 +57,8 @@ class SequentialLR final : public Scheduler {
                 " milestones; give one milestone fewer than schedulers");
     std::int64_t before = 1;
     for (const std::int64_t milestone : milestones) {
-      TORCH_CHECK(milestone >= before, "SequentialLR: milestone ", milestone, " comes after ",
-                  before, "; give epochs in ascending order, the first 1 or more");
+      TORCH_CHECK(milestone >= before, "SequentialLR: milestone ", milestone, " is below ", before,
+                  "; give epochs in ascending order, the first 1 or more");
       before = milestone;
     }
   }

@@ -12,10 +12,13 @@
 #include <array>
 #include <cmath>
 #include <cstdint>
-#include <cstdio>
+#include <iomanip>
+#include <locale>
 #include <ostream>
+#include <sstream>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 namespace fourfold::inline v0::detail {
@@ -76,9 +79,10 @@ struct Chart {
   }
 };
 inline std::string tenths(double value) {
-  char text[32];
-  std::snprintf(text, sizeof text, "%.1f", value);
-  return text;
+  std::ostringstream text;
+  text.imbue(std::locale::classic());  // whatever the program's own writes for a point
+  text << std::fixed << std::setprecision(1) << value;
+  return std::move(text).str();
 }
 
 /// 1, 2 or 5 times a power of ten, at most eight of them in `range`.
@@ -101,19 +105,16 @@ inline constexpr std::array<PlaceStyle, kPlaces> kStack{{{Place::kWeights, "#007
                                                          {Place::kOther, "#999999"}}};
 
 inline void html_axes(std::ostream& out, const Chart& chart) {
-  char text[32];
   const double mib = chart.most / (1 << 20), milliseconds = chart.length / 1e6;
   for (double at = 0, step = tick_step(mib); at <= mib; at += step) {
-    std::snprintf(text, sizeof text, "%.6g", at);
     const std::string y = tenths(Chart::kTop + Chart::kHeight * (1 - at / mib));
     out << "<line class='grid' x1='" << Chart::kLeft << "' x2='" << Chart::kLeft + Chart::kWidth
         << "' y1='" << y << "' y2='" << y << "'/><text class='y' x='" << Chart::kLeft - 8 << "' y='"
-        << y << "'>" << text << "</text>\n";
+        << y << "'>" << at << "</text>\n";
   }
   for (double at = 0, step = tick_step(milliseconds); at <= milliseconds; at += step) {
-    std::snprintf(text, sizeof text, "%.6g", at);
     out << "<text class='x' x='" << tenths(Chart::kLeft + Chart::kWidth * at / milliseconds)
-        << "' y='" << Chart::kTop + Chart::kHeight + 20 << "'>" << text << "</text>\n";
+        << "' y='" << Chart::kTop + Chart::kHeight + 20 << "'>" << at << "</text>\n";
   }
   out << "<text class='y' x='" << Chart::kLeft - 8 << "' y='" << Chart::kTop - 16
       << "'>MiB</text><text class='x' x='" << Chart::kLeft + Chart::kWidth << "' y='"

@@ -26,8 +26,10 @@ inline std::string microseconds(std::int64_t ns) {
   return text;
 }
 inline std::string milliseconds(std::int64_t ns) {
+  const std::int64_t thousandths = (ns + 500) / 1000;  // no locale's point
   char text[32];
-  std::snprintf(text, sizeof text, "%.3f", static_cast<double>(ns) / 1e6);
+  std::snprintf(text, sizeof text, "%lld.%03lld", static_cast<long long>(thousandths / 1000),
+                static_cast<long long>(thousandths % 1000));
   return text;
 }
 

@@ -3,7 +3,8 @@
 /// Python keeps a group's rate from before all schedules in the group itself, as 'initial_lr', so
 /// that schedulers of one optimizer agree on it. LibTorch's groups have no room for it: it lives as
 /// long as one of the schedulers of that optimizer does. An optimizer outlives its schedulers, so an
-/// address is never taken for that of an optimizer that stood there before.
+/// address is never taken for that of an optimizer that stood there before. Schedulers in two shared
+/// libraries that hide their symbols do not know each other.
 #include <torch/optim/optimizer.h>
 
 #include <map>
