@@ -82,6 +82,8 @@ struct PipelineState {
   door::GradientHooks gradient_tags;
   SequentialBlocks wrapped_blocks;
   int block_every = 0;  ///< 0: blocks are not recomputed
+  std::int64_t blocks_met = 0;
+  bool left = false;  ///< a scope was left, so blocks_met tells something
   std::int64_t scopes = 0;
 };
 
@@ -95,6 +97,10 @@ class [[nodiscard]] PipelineScope {
       : state_(std::move(state)), saved_(state_->store), operators_(state_->store->activate()) {
     if (state_->block_every > 0) blocks_.emplace(state_->block_every);
     ++state_->scopes;
+  }
+  ~PipelineScope() {
+    if (blocks_) state_->blocks_met += blocks_->met();
+    state_->left = true;
   }
   PipelineScope(const PipelineScope&) = delete;
   PipelineScope& operator=(const PipelineScope&) = delete;
@@ -202,7 +208,7 @@ class CompressionPipeline {
     return ledger;
   }
 
-  /// Why nothing was saved, if nothing was; else empty.
+  /// Why nothing was saved, or no block was recomputed, if so; else empty.
   [[nodiscard]] std::string explain() const {
     if constexpr (!kHas<Role::kActivations> && !kHas<Role::kRecompute> && !kHas<Role::kBlocks>)
       return {};  // nothing here is a scope's work
@@ -210,7 +216,12 @@ class CompressionPipeline {
       return "no forward ran inside the pipeline's scope: call pipeline.forward([&] { ... }), or "
              "hold "
              "pipeline.scope() while the model runs";
-    if (state_->store->counts().tensors() > 0) return {};
+    if (state_->store->counts().tensors() > 0) {
+      if (state_->block_every == 0 || state_->blocks_met > 0 || !state_->left) return {};
+      return "Blocks<>: no block ran, so none is recomputed: name them by fourfold::block(layer, "
+             "x) in "
+             "the model's forward, or put them in a torch::nn::Sequential";
+    }
     const std::int64_t elsewhere = door::tensors_saved_outside_scopes();
     std::string why =
         "no tensor passed: forward ran outside the scope, on another thread, or without "

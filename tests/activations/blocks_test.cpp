@@ -213,7 +213,7 @@ TEST(SequentialBlocks, NamesAndTypesAreAsBefore) {
   EXPECT_EQ(scope.met(), 1);
 }
 
-#if !defined(__SANITIZE_ADDRESS__)  // the cast inside AnyModule::get<T>() is what UBSan's vptr \
+#if !defined(__SANITIZE_ADDRESS__)  // the cast inside AnyModule::get<T>() is what UBSan's vptr
                                     // check is about
 TEST(SequentialBlocks, TypedAccessWorks) {
   Net net = make_net();

@@ -117,9 +117,11 @@ TEST(Checkpoint, NestedIsBitEqual) {
         return run(
             [&run, child](at::Tensor t) {  // backward runs it again when this scope is gone
               t = run(child(0), t).tanh();
-              t = run([&run,
-                       child](at::Tensor u) { return run(child(2), run(child(1), u).sin()).cos(); },
-                      t);
+              t = run(
+                  [&run, child](at::Tensor u) {
+                    return run(child(2), run(child(1), u).sin()).cos();
+                  },
+                  t);
               return run(child(4), child(3)(t));
             },
             x);

@@ -154,9 +154,9 @@ TEST(Recompute, ABatchNormUpdatesItsStatisticsOnce) {
       const auto forward = [&] { return second(torch::silu(norm(first(x)))).square().sum(); };
       (store ? within(store, forward) : forward()).backward();
     }
-    return std::vector<torch::Tensor>{norm->running_mean,        norm->running_var,
+    return std::vector<torch::Tensor>{norm->running_mean, norm->running_var,
                                       norm->num_batches_tracked, first->weight.grad(),
-                                      norm->weight.grad(),       second->weight.grad()};
+                                      norm->weight.grad(), second->weight.grad()};
   };
   const auto store = ActivationStore::make(recompute());
   const auto ours = run(store), plain = run(nullptr);

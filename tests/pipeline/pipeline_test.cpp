@@ -223,10 +223,22 @@ TEST(Pipeline, AScopeIsEnteredOnce) {
   torch::nn::Linear layer(8, 8);
   Balanced pipeline(layer);
   const auto scope = pipeline.scope();
-  EXPECT_THAT([&] { const auto again = pipeline.scope(); },
-              testing::ThrowsMessage<c10::Error>(HasSubstr(
-                  "a scope of this pipeline (or packer) is open on this thread already (1 "
-                  "scopes deep); leave it before")));
+  EXPECT_THAT(
+      [&] { const auto again = pipeline.scope(); },
+      testing::ThrowsMessage<c10::Error>(HasSubstr(
+          "a scope of this pipeline is open on this thread already (1 deep); forward() opens "
+          "one itself")));
+}
+
+TEST(Pipeline, SaysThatNoBlockRan) {
+  torch::nn::Linear layer(64, 64);
+  const auto x = torch::randn({64, 64});
+  Smallest without(layer);
+  without.forward([&] { return layer->forward(x); }).sum().backward();
+  EXPECT_THAT(without.explain(), HasSubstr("Blocks<>: no block ran"));
+  Smallest with(layer);
+  with.forward([&] { return fourfold::block(layer, x); }).sum().backward();
+  EXPECT_EQ(with.explain(), "");
 }
 
 TEST(Pipeline, ScopesOfTwoPipelinesNest) {

@@ -228,8 +228,8 @@ class [[gnu::visibility("default")]] SavedTensorsEngine final : public torch::au
       for (const auto& scope : stack)
         TORCH_CHECK(
             scope->packer != packer,
-            "a scope of this pipeline (or packer) is open on this thread already (", stack.size(),
-            " scopes deep); leave it before you enter it again, or nest another pipeline's");
+            "fourfold: a scope of this pipeline is open on this thread already (", stack.size(),
+            " deep); forward() opens one itself, so leave yours first, or drop one of the two");
     auto scope = std::make_shared<OpenScope>();
     scope->packer = std::move(packer);
     scope->in_backward = in_backward;

@@ -143,7 +143,7 @@ SavedModel read_model(std::istream& in, const std::string& what) {
     in.read(reinterpret_cast<char*>(&number), sizeof number);
     return in.gcount() == static_cast<std::streamsize>(sizeof number);
   };
-  TORCH_CHECK(!magic.empty() && kSaveMagic.starts_with(magic), what,
+  TORCH_CHECK(kSaveMagic.starts_with(magic), what,
               " is not a file of fourfold::save (it does not begin with ", kSaveMagic,
               "); a file of torch::save is loaded by torch::load");
   TORCH_CHECK(read(version), what, " is damaged: it ends too early; load another copy of the file");

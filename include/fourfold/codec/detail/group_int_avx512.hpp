@@ -13,6 +13,12 @@
 #include <algorithm>
 #include <cstdint>
 
+#if defined(__GNUC__) && !defined(__clang__)  // GCC 12 warns of its own intrinsics (bug 105593)
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+
 namespace fourfold::inline v0::detail::avx512 {
 
 FOURFOLD_AVX512 inline void store(float* p, __mmask16 m, __m512 v) {
@@ -222,5 +228,8 @@ FOURFOLD_AVX512 inline void decode_group(IntFormat f, std::uint32_t word, const 
 }
 
 }  // namespace fourfold::inline v0::detail::avx512
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic pop
+#endif
 
 #endif  // __x86_64__

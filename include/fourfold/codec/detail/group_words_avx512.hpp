@@ -14,6 +14,12 @@
 
 #define FOURFOLD_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c,avx2")))
 
+#if defined(__GNUC__) && !defined(__clang__)  // GCC 12 warns of its own intrinsics (bug 105593)
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+
 namespace fourfold::inline v0::detail::avx512 {
 
 /// Which of 16 lanes hold values, if `left` remain.
@@ -170,5 +176,8 @@ FOURFOLD_AVX512 inline void words_of_16(IntFormat f, const T* values, bool stoch
 }
 
 }  // namespace fourfold::inline v0::detail::avx512
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic pop
+#endif
 
 #endif  // __x86_64__

@@ -15,6 +15,12 @@
 #include <immintrin.h>
 #endif
 
+#if defined(__GNUC__) && !defined(__clang__)  // GCC 12 warns of its own intrinsics (bug 105593)
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+
 namespace fourfold::inline v0::detail::packed {
 
 inline constexpr std::int64_t kCodeBlock = 64;     // values decoded at once; they share a word
@@ -164,3 +170,6 @@ inline void add_codes([[maybe_unused]] const GroupCodes& matrix,
 }
 
 }  // namespace fourfold::inline v0::detail::packed
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic pop
+#endif

@@ -19,6 +19,12 @@
 #include <immintrin.h>
 #endif
 
+#if defined(__GNUC__) && !defined(__clang__)  // GCC 12 warns of its own intrinsics (bug 105593)
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+
 namespace fourfold::inline v0::detail::packed {
 
 constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
@@ -151,3 +157,6 @@ void multiply_panels(Isa isa, const T* a, std::int64_t a_stride, const T* b, T* 
 }
 
 }  // namespace fourfold::inline v0::detail::packed
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic pop
+#endif

@@ -11,6 +11,12 @@
 #include <algorithm>
 #include <cstdint>
 
+#if defined(__GNUC__) && !defined(__clang__)  // GCC 12 warns of its own intrinsics (bug 105593)
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+
 namespace fourfold::inline v0::detail::packed {
 
 inline constexpr std::int64_t kPanelRows =
@@ -142,3 +148,6 @@ void pack_straight(const Payload& weight, std::int64_t first, std::int64_t free,
 }
 
 }  // namespace fourfold::inline v0::detail::packed
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic pop
+#endif

@@ -16,6 +16,12 @@
 #include <optional>
 #include <vector>
 
+#if defined(__GNUC__) && !defined(__clang__)  // GCC 12 warns of its own intrinsics (bug 105593)
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+
 namespace fourfold::inline v0::detail::packed {
 
 inline constexpr std::int64_t kRowBlock = 4;       // rows of the weight decoded at once
@@ -262,3 +268,6 @@ inline void multiply_rows(Isa isa, const float* x, std::int64_t m, const Payload
 /// Rows of x up to which the functions above beat the panels, as measured.
 inline constexpr std::int64_t kFewRows = 8;
 }  // namespace fourfold::inline v0::detail::packed
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic pop
+#endif
