@@ -164,7 +164,8 @@ typename LinearCrossEntropy<V>::Result LinearCrossEntropy<V>::with_gradients(boo
   const at::Tensor ignored = target.eq(ignore_index), known = target.masked_fill(ignored, 0);
   const at::Tensor of_class =
       class_weight.defined() ? class_weight.detach().to(exact) : at::Tensor();
-  // Row i adds sum over c of a[i][c] * -logp[i][c], a = own[i] at its class + even * of_class[c].
+  // Row i adds sum over c of a[i][c] * -logp[i][c]: a is own[i] at its class, and everywhere
+  // evenly[i] * of_class[c].
   const auto options = hidden.options().dtype(exact);
   at::Tensor weight_of_row =
       of_class.defined() ? of_class.index_select(0, known) : at::ones({n}, options);
@@ -172,9 +173,9 @@ typename LinearCrossEntropy<V>::Result LinearCrossEntropy<V>::with_gradients(boo
   const at::Tensor total =
       reduction == at::Reduction::Mean ? weight_of_row.sum() : at::ones({}, options);
   // The factor 1 / total waits for backward, lest gradients of a long mean underflow in fp16.
-  const at::Tensor share = at::ones({n}, options).masked_fill_(ignored, 0);
-  const at::Tensor own = weight_of_row.mul_(1 - smoothing);
+  const at::Tensor own = weight_of_row.mul_(1 - smoothing);  // 0 where the row is ignored
   const double even = smoothing / static_cast<double>(classes);
+  const at::Tensor evenly = at::full({n}, even, options).masked_fill_(ignored, 0);
   const at::Tensor all_classes =
       of_class.defined() ? of_class.sum() : at::full({}, static_cast<double>(classes), options);
 
@@ -203,11 +204,11 @@ typename LinearCrossEntropy<V>::Result LinearCrossEntropy<V>::with_gradients(boo
     sum += losses.masked_fill_(piece(ignored), 0).sum();  // also where such a row is not finite
     if (!of_hidden && !of_weight && !of_bias) continue;
 
-    // d (total * loss) / d logits = share * ((sum over c of a) * softmax - a)
-    z.mul_(column((piece(own) + all_classes * even).mul_(piece(share)).div_(powers)));
-    z.scatter_add_(1, y, column(piece(own) * piece(share)).neg_());
-    if (even != 0 && of_class.defined()) z.addr_(piece(share), of_class, 1, -even);
-    if (even != 0 && !of_class.defined()) z.sub_(column(piece(share) * even));
+    // d (total * loss) / d logits = (sum over c of a) * softmax - a; 0 where the row is ignored
+    z.mul_(column((piece(own) + all_classes * piece(evenly)).div_(powers)));
+    z.scatter_add_(1, y, column(piece(own)).neg());
+    if (even != 0 && of_class.defined()) z.addr_(piece(evenly), of_class, 1, -1);
+    if (even != 0 && !of_class.defined()) z.sub_(column(piece(evenly)));
     if (of_bias) result.bias += z.sum(0);
     z = z.to(dtype);
     if (of_hidden) piece(result.hidden).copy_(at::mm(z, w));
