@@ -4,6 +4,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 #include <torch/torch.h>
+#include "tests/support/message_of.hpp"
 
 #include <memory>
 #include <thread>
@@ -12,16 +13,6 @@ namespace {
 namespace door = fourfold::door;
 using fourfold::BlocksScope;
 using ::testing::HasSubstr;
-
-template <class Fn>
-std::string message_of(Fn&& fn) {
-  try {
-    fn();
-  } catch (const c10::Error& error) {
-    return error.what_without_backtrace();
-  }
-  return "no error";
-}
 
 struct LayerImpl : torch::nn::Cloneable<LayerImpl> {
   LayerImpl() { reset(); }

@@ -4,21 +4,13 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 #include <torch/torch.h>
+#include "tests/support/message_of.hpp"
 
 namespace {
 namespace door = fourfold::door;
 using fourfold::checkpoint;
 using ::testing::HasSubstr;
 
-template <class Error = c10::Error, class Fn>
-std::string message_of(Fn&& fn) {
-  try {
-    fn();
-  } catch (const Error& error) {
-    return error.what_without_backtrace();
-  }
-  return "no error";
-}
 at::Tensor leaf(at::IntArrayRef sizes = {4}) {
   return torch::randn(sizes, at::kDouble).requires_grad_();
 }

@@ -4,20 +4,11 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 #include <torch/torch.h>
+#include "tests/support/message_of.hpp"
 
 namespace {
 namespace door = fourfold::door;
 using ::testing::HasSubstr;
-
-template <class Fn>
-std::string message_of(Fn&& fn) {
-  try {
-    fn();
-  } catch (const c10::Error& error) {
-    return error.what_without_backtrace();
-  }
-  return "no error";
-}
 
 struct Held : door::Saved {
   at::Tensor tensor;

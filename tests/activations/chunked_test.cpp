@@ -4,21 +4,12 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 #include <torch/torch.h>
+#include "tests/support/message_of.hpp"
 
 namespace {
 using fourfold::chunked;
 using ::testing::HasSubstr;
 namespace F = torch::nn::functional;
-
-template <class Fn>
-std::string message_of(Fn&& fn) {
-  try {
-    fn();
-  } catch (const c10::Error& error) {
-    return error.what_without_backtrace();
-  }
-  return "no error";
-}
 
 struct Problem {
   explicit Problem(std::int64_t rows = 13) {

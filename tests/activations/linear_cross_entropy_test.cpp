@@ -10,22 +10,13 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 #include <torch/torch.h>
+#include "tests/support/message_of.hpp"
 
 namespace {
 using fourfold::linear_cross_entropy, fourfold::LinearCrossEntropyOptions;
 using ::testing::HasSubstr;
 using Loss = torch::nn::CrossEntropyLossOptions;
 namespace F = torch::nn::functional;
-
-template <class Fn>
-std::string message_of(Fn&& fn) {
-  try {
-    fn();
-  } catch (const c10::Error& error) {
-    return error.what_without_backtrace();
-  }
-  return "no error";
-}
 
 struct Problem {
   explicit Problem(at::ScalarType dtype = torch::kDouble, std::int64_t classes = 37) {
