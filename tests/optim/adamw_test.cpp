@@ -316,6 +316,49 @@ TEST_F(AdamW, GroupsHaveTheirOwnOptions) {
   EXPECT_FALSE(c.equal(c_before));
 }
 
+/// Backwards, as gradients come, and a group added on the way.
+TEST_F(AdamW, ParametersSteppedAloneAreSteppedTheSame) {
+  const auto after = [](bool alone) {
+    torch::manual_seed(0);
+    std::vector<torch::Tensor> all{parameter({5000}), parameter({3, 7}), parameter({5000})};
+    const auto frozen = torch::ones({5000});
+    Packed8 optimizer({all[0], frozen, all[1]}, AdamWOptions(1e-2));
+    fourfold::ParameterStepper& stepper = optimizer;
+    optimizer.add_param_group(torch::optim::OptimizerParamGroup(
+        {all[2]}, std::make_unique<AdamWOptions>(AdamWOptions(1e-3))));
+    for (int step = 0; step < 4; ++step) {
+      if (step == 2) {
+        all.push_back(parameter({4100}));
+        optimizer.add_parameters({all.back()});  // to the first group: later numbers move
+      }
+      for (torch::Tensor& p : all) p.mutable_grad() = gradient(p, step);
+      if (step == 1) all[0].mutable_grad().reset();
+      if (alone) {
+        for (std::size_t i = all.size(); i-- > 0;) {
+          stepper.step_parameter(all[i]);
+          all[i].mutable_grad().reset();
+        }
+        stepper.step_parameter(frozen);
+      } else {
+        optimizer.step();
+      }
+    }
+    EXPECT_TRUE(frozen.equal(torch::ones({5000})));
+    return all;
+  };
+  const auto together = after(false), alone = after(true);
+  for (std::size_t i = 0; i < together.size(); ++i) EXPECT_TRUE(alone[i].equal(together[i])) << i;
+
+  auto mine = parameter({3}), foreign = parameter({4, 5});
+  Packed8 optimizer({mine}, AdamWOptions(1e-2));
+  foreign.mutable_grad() = torch::ones({4, 5});
+  EXPECT_THAT(message([&] { optimizer.step_parameter(foreign); }),
+              HasSubstr("a parameter of [4, 5] that is in none of its groups"));
+  EXPECT_THAT(message([&] { optimizer.step_parameter({}); }), HasSubstr("in none of its groups"));
+  mine.mutable_grad() = torch::ones({3}).to_sparse();
+  EXPECT_THAT(message([&] { optimizer.step_parameter(mine); }), HasSubstr("sparse gradients"));
+}
+
 TEST_F(AdamW, BadInputIsNamedAndChangesNothing) {
   torch::manual_seed(0);
   auto good = parameter({6}), bad = parameter({4, 5});

@@ -19,6 +19,7 @@
 #include <ATen/core/grad_mode.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/CPUGeneratorImpl.h>
+#include <fourfold/core/parameter_stepper.hpp>
 #include <fourfold/core/random.hpp>
 #include <fourfold/optim/detail/adamw_archive.hpp>
 #include <fourfold/optim/detail/adamw_step.hpp>
@@ -27,6 +28,7 @@
 #include <torch/optim/adamw.h>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <tuple>
 #include <utility>
 #include <vector>
@@ -41,7 +43,7 @@ struct StateOptions {
 };
 
 template <class MomentCodec, class SecondMomentCodec>
-class AdamW : public ::torch::optim::Optimizer {
+class AdamW : public ::torch::optim::Optimizer, public ParameterStepper {
   static_assert(
       !kIsLinear<SecondMomentCodec>,
       "a second moment spans orders of magnitude, and evenly spaced codes round its small values "
@@ -68,6 +70,8 @@ class AdamW : public ::torch::optim::Optimizer {
   /// One step of all parameters that have a gradient. Gives what `closure` gives, run with
   /// gradients on.
   at::Tensor step(LossClosure closure = nullptr) override;
+  /// `p` alone, as step() steps it: core/parameter_stepper.hpp.
+  void step_parameter(const at::Tensor& p) override;
 
   /// Bytes of all moments now. Before the first step there are none.
   [[nodiscard]] std::int64_t state_bytes() const {
@@ -110,6 +114,24 @@ class AdamW : public ::torch::optim::Optimizer {
     return *options;
   }
   static void check_options(const Options& options, const std::string& whose);
+  using Place = detail::GroupPlace;
+
+  /// f(parameter, where it stands) for all.
+  template <class F>
+  void for_each_parameter(const F& f) const {
+    for (Place at; at.group < param_groups_.size(); ++at.group)
+      for (at.position = 0; at.position < param_groups_[at.group].params().size(); ++at.position)
+        f(param_groups_[at.group].params()[at.position], at);
+  }
+  /// The running number of a parameter: its noise and messages go by it.
+  std::int64_t index_of(const Place& at) const {
+    std::size_t index = at.position;
+    for (std::size_t g = 0; g < at.group; ++g) index += param_groups_[g].params().size();
+    return static_cast<std::int64_t>(index);
+  }
+  Place place_of(const at::Tensor& p) const;
+  void check(const at::Tensor& p, const Place& at);
+  void step_one(const at::Tensor& p, const Place& at);
 
   const State* find(const at::Tensor& p) const {
     const auto found = state_.find(p.unsafeGetTensorImpl());
@@ -123,6 +145,7 @@ class AdamW : public ::torch::optim::Optimizer {
 
   StateOptions states_;
   std::uint64_t seed_;
+  std::unique_ptr<std::mutex> mutex_ = std::make_unique<std::mutex>();  ///< an optimizer may move
 };
 
 template <class M, class V>
@@ -151,43 +174,71 @@ at::Tensor AdamW<M, V>::step(LossClosure closure) {
     const at::AutoGradMode with_gradients(true);
     loss = closure();
   }
-  std::int64_t index = 0;
-  for (std::size_t g = 0; g < param_groups_.size(); ++g) {
-    check_options(options_of(param_groups_[g]), "group " + std::to_string(g));
-    for (const at::Tensor& p : param_groups_[g].params()) {
-      if (p.requires_grad() && p.grad().defined()) {
-        detail::check_gradient(p, p.grad(), index);
-        const State* state = find(p);
-        TORCH_CHECK(state == nullptr || p.sizes() == state->sizes, "AdamW: parameter ", index,
-                    " is ", p.sizes(), ", and its states are for ", at::IntArrayRef(state->sizes),
-                    "; build the optimizer anew after changing a parameter's shape");
-        TORCH_CHECK(state == nullptr ||
-                        detail::same_order(state->sizes, detail::moment_strides(p), state->strides),
-                    "AdamW: parameter ", index, " lies in memory with strides ", p.strides(),
-                    " on ", p.device(), ", and its states for ", at::IntArrayRef(state->strides),
-                    "; build the optimizer anew after changing a parameter's memory format");
-      }
-      ++index;
-    }
-  }
-  index = 0;
-  for (Group& group : param_groups_) {
-    const Options& options = options_of(group);
-    const auto [beta1, beta2] = options.betas();
-    for (const at::Tensor& p : group.params()) {
-      // Two moments a parameter, two storage numbers; forward 0 is no scope's.
-      const auto storage = static_cast<std::uint64_t>(2 * index++);
-      if (!p.requires_grad() || !p.grad().defined()) continue;
-      State& state = state_for(p);
-      ++state.step;
-      const detail::AdamWFactors factors(options.lr(), beta1, beta2, options.eps(),
-                                         options.weight_decay(), state.step);
-      std::optional<Key> key;
-      if (states_.stochastic) key = Key{seed_, static_cast<std::uint64_t>(state.step), 0, storage};
-      detail::step_parameter(p, p.grad(), state, factors, key);
-    }
-  }
+  const std::lock_guard<std::mutex> lock(*mutex_);
+  for_each_parameter([this](const at::Tensor& p, const Place& at) { check(p, at); });
+  for_each_parameter([this](const at::Tensor& p, const Place& at) { step_one(p, at); });
   return loss;
+}
+
+template <class M, class V>
+void AdamW<M, V>::step_parameter(const at::Tensor& p) {
+  const c10::NoGradGuard no_grad;
+  const std::lock_guard<std::mutex> lock(*mutex_);
+  const Place at = place_of(p);
+  check(p, at);
+  step_one(p, at);
+}
+
+template <class M, class V>
+typename AdamW<M, V>::Place AdamW<M, V>::place_of(const at::Tensor& p) const {
+  if (const State* state = find(p)) {  // known since its first step
+    const Place& at = state->place;
+    if (at.group < param_groups_.size() && at.position < param_groups_[at.group].params().size() &&
+        param_groups_[at.group].params()[at.position].is_same(p))
+      return at;
+  }
+  std::optional<Place> found;
+  for_each_parameter([&](const at::Tensor& one, const Place& at) {
+    if (!found && one.is_same(p)) found = at;
+  });
+  TORCH_CHECK(found.has_value(), "AdamW was to step a parameter of ",
+              p.defined() ? p.sizes() : at::IntArrayRef(),
+              " that is in none of its groups; give it to the optimizer, or to add_param_group()");
+  return *found;
+}
+
+template <class M, class V>
+void AdamW<M, V>::check(const at::Tensor& p, const Place& at) {
+  check_options(options_of(param_groups_[at.group]), "group " + std::to_string(at.group));
+  if (!p.requires_grad() || !p.grad().defined()) return;
+  const std::int64_t index = index_of(at);
+  detail::check_gradient(p, p.grad(), index);
+  const State* state = find(p);
+  if (state == nullptr) return;
+  TORCH_CHECK(p.sizes() == state->sizes, "AdamW: parameter ", index, " is ", p.sizes(),
+              ", and its states are for ", at::IntArrayRef(state->sizes),
+              "; build the optimizer anew after changing a parameter's shape");
+  TORCH_CHECK(detail::same_order(state->sizes, detail::moment_strides(p), state->strides),
+              "AdamW: parameter ", index, " lies in memory with strides ", p.strides(), " on ",
+              p.device(), ", and its states for ", at::IntArrayRef(state->strides),
+              "; build the optimizer anew after changing a parameter's memory format");
+}
+
+template <class M, class V>
+void AdamW<M, V>::step_one(const at::Tensor& p, const Place& at) {
+  if (!p.requires_grad() || !p.grad().defined()) return;
+  const Options& options = options_of(param_groups_[at.group]);
+  const auto [beta1, beta2] = options.betas();
+  State& state = state_for(p);
+  state.place = at;
+  ++state.step;
+  const detail::AdamWFactors factors(options.lr(), beta1, beta2, options.eps(),
+                                     options.weight_decay(), state.step);
+  // Two moments a parameter, two storage numbers; forward 0 is no scope's.
+  const auto storage = static_cast<std::uint64_t>(2 * index_of(at));
+  std::optional<Key> key;
+  if (states_.stochastic) key = Key{seed_, static_cast<std::uint64_t>(state.step), 0, storage};
+  detail::step_parameter(p, p.grad(), state, factors, key);
 }
 
 template <class M, class V>

@@ -31,10 +31,16 @@ inline std::vector<std::int64_t> moment_strides(const at::Tensor& p) {
   return {strides.begin(), strides.end()};
 }
 
+/// Where a parameter stands in an optimizer.
+struct GroupPlace {
+  std::size_t group = 0, position = 0;
+};
+
 template <class First, class Second>
 struct AdamWState final
     : public ::torch::optim::OptimizerCloneableParamState<AdamWState<First, Second>> {
   std::int64_t step = 0;
+  GroupPlace place;                   ///< where it stood at its last step
   std::vector<std::int64_t> sizes;    ///< of the parameter
   std::vector<std::int64_t> strides;  ///< moment_strides() of it
   Moment<First> first;
