@@ -99,17 +99,20 @@ TEST(AdamWArchive, PlainStatesLoadIntoCodes) {
   load(packed, saved(plain));
   EXPECT_EQ(packed.state_bytes(), 2 * (7000 + 4 * 55) + 2 * 4 * 70 + 2 * (6528 + 4 * 51));
 
-  // And back: what the codes stand for, which coding once more does not change.
-  AdamWOf<Fp32> again(all, AdamWOptions(1e-2));
+  // And back: what the codes stand for, which coding once more changes by rounding of scales alone.
+  AdamWOf<Fp32> again(all, AdamWOptions(1e-2)), third(all, AdamWOptions(1e-2));
   load(again, saved(packed));
   EXPECT_EQ(again.state_bytes(), plain.state_bytes());
   Packed8 twice(all, AdamWOptions(1e-2));
   load(twice, saved(again));
+  EXPECT_EQ(twice.state_bytes(), packed.state_bytes());
+  load(third, saved(twice));
   auto mine = parameters(), others = parameters();
-  Packed8 one(mine, AdamWOptions(1e-2)), two(others, AdamWOptions(1e-2));
-  load(one, saved(packed)), load(two, saved(twice));
+  AdamWOf<Fp32> one(mine, AdamWOptions(1e-2)), two(others, AdamWOptions(1e-2));
+  load(one, saved(again)), load(two, saved(third));
   train(one, mine, 2, 3), train(two, others, 2, 3);
-  for (std::size_t i = 0; i < mine.size(); ++i) EXPECT_TRUE(mine[i].equal(others[i])) << i;
+  for (std::size_t i = 0; i < mine.size(); ++i)
+    EXPECT_TRUE(torch::allclose(mine[i], others[i], 0, 1e-2 * 0x1p-20)) << i;
 }
 
 /// A file written by hand: version 1 as its description has it, for one small parameter.
