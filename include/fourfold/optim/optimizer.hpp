@@ -50,13 +50,14 @@ class Optimizer : public ::torch::optim::Optimizer, public ParameterStepper {
       !kIsLinear<SecondMomentCodec>,
       "a second moment spans orders of magnitude, and evenly spaced codes round its small values "
       "to zero, which the step divides by: use Companded<8, Sqrt> for the second moment");
-  using State = detail::ParameterState<MomentCodec, SecondMomentCodec, MasterCodec>;
   using Base = ::torch::optim::Optimizer;
   using Group = ::torch::optim::OptimizerParamGroup;
   using GroupPlace = detail::GroupPlace;
 
  public:
+  using RuleType = Rule;
   using Options = typename Rule::Options;
+  using State = detail::ParameterState<MomentCodec, SecondMomentCodec, MasterCodec>;
 
   explicit Optimizer(const std::vector<Group>& groups, Options defaults = {},
                      StateOptions states = {})
