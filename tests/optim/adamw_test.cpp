@@ -191,17 +191,21 @@ TEST_F(AdamW, ThreadsDoNotChangeABit) {
 
 TEST_F(AdamW, EveryPathGivesTheSameBits) {
   namespace detail = fourfold::optim::detail;
-  using State = detail::AdamWState<Companded<8, Softsign>, Companded<8, Sqrt>>;
+  using fourfold::optim::AdamWRule;
+  using State = detail::ParameterState<Companded<8, Softsign>, Companded<8, Sqrt>,
+                                       fourfold::optim::RoundNearest>;
   for (const auto dtype : {torch::kFloat, torch::kBFloat16, torch::kHalf, torch::kDouble})
     for (const std::int64_t n : {1, 15, 129, 5003}) {
       const auto after = [&](Isa isa) {
         torch::manual_seed(n);
         auto p = parameter({n}, dtype);
-        State state(p, 0);
+        State state(p, /*by_rows=*/false);
+        const auto options = AdamWOptions(1e-2);
+        state.make<AdamWRule>(p, options, /*min_packed_elements=*/0);
         for (int step = 1; step <= 4; ++step)
-          detail::step_parameter(p, gradient(p, step), state,
-                                 detail::AdamWFactors(1e-2, 0.9, 0.999, 1e-8, 0.01, step),
-                                 Key{1, static_cast<std::uint64_t>(step), 0, 2}, isa);
+          detail::step_values<AdamWRule>(p, gradient(p, step), state,
+                                         AdamWRule::factors(options, {step, step == 1}),
+                                         detail::StepKeys(1, step, 2, true), false, isa);
         return std::pair(p.detach().clone(), state.second.buffers()[0].clone());
       };
       const auto expected = after(Isa::kScalar);
@@ -314,6 +318,49 @@ TEST_F(AdamW, GroupsHaveTheirOwnOptions) {
   EXPECT_TRUE(b.equal(before));
   EXPECT_FALSE(a.equal(before));
   EXPECT_FALSE(c.equal(c_before));
+}
+
+/// Backwards, as gradients come, and a group added on the way.
+TEST_F(AdamW, ParametersSteppedAloneAreSteppedTheSame) {
+  const auto after = [](bool alone) {
+    torch::manual_seed(0);
+    std::vector<torch::Tensor> all{parameter({5000}), parameter({3, 7}), parameter({5000})};
+    const auto frozen = torch::ones({5000});
+    Packed8 optimizer({all[0], frozen, all[1]}, AdamWOptions(1e-2));
+    fourfold::ParameterStepper& stepper = optimizer;
+    optimizer.add_param_group(torch::optim::OptimizerParamGroup(
+        {all[2]}, std::make_unique<AdamWOptions>(AdamWOptions(1e-3))));
+    for (int step = 0; step < 4; ++step) {
+      if (step == 2) {
+        all.push_back(parameter({4100}));
+        optimizer.add_parameters({all.back()});  // to the first group: later numbers move
+      }
+      for (torch::Tensor& p : all) p.mutable_grad() = gradient(p, step);
+      if (step == 1) all[0].mutable_grad().reset();
+      if (alone) {
+        for (std::size_t i = all.size(); i-- > 0;) {
+          stepper.step_parameter(all[i]);
+          all[i].mutable_grad().reset();
+        }
+        stepper.step_parameter(frozen);
+      } else {
+        optimizer.step();
+      }
+    }
+    EXPECT_TRUE(frozen.equal(torch::ones({5000})));
+    return all;
+  };
+  const auto together = after(false), alone = after(true);
+  for (std::size_t i = 0; i < together.size(); ++i) EXPECT_TRUE(alone[i].equal(together[i])) << i;
+
+  auto mine = parameter({3}), foreign = parameter({4, 5});
+  Packed8 optimizer({mine}, AdamWOptions(1e-2));
+  foreign.mutable_grad() = torch::ones({4, 5});
+  EXPECT_THAT(message([&] { optimizer.step_parameter(foreign); }),
+              HasSubstr("a parameter of [4, 5] that is in none of its groups"));
+  EXPECT_THAT(message([&] { optimizer.step_parameter({}); }), HasSubstr("in none of its groups"));
+  mine.mutable_grad() = torch::ones({3}).to_sparse();
+  EXPECT_THAT(message([&] { optimizer.step_parameter(mine); }), HasSubstr("sparse gradients"));
 }
 
 TEST_F(AdamW, BadInputIsNamedAndChangesNothing) {
