@@ -168,6 +168,7 @@ void AdamW<M, V>::check_options(const Options& options, const std::string& whose
 
 template <class M, class V>
 at::Tensor AdamW<M, V>::step(LossClosure closure) {
+  check_stepped_by_hand();
   const c10::NoGradGuard no_grad;
   at::Tensor loss;
   if (closure != nullptr) {
