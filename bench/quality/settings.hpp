@@ -3,6 +3,7 @@
 /// How bench/quality trains: one line a setting, the first one being what the others are held
 /// against. To add one, give its name, its limit, and who makes its trainer.
 #include <fourfold/fourfold.hpp>
+#include <fourfold/gradients/release.hpp>
 
 #include <torch/nn/module.h>
 
@@ -46,6 +47,28 @@ class PipelineTrainer final : public Trainer {
   std::shared_ptr<torch::optim::Optimizer> optimizer_;
 };
 
+/// The same with gradients released: backward is the step. `Way` says how they are clipped.
+template <class Pipeline, fourfold::ClipGradients Way = fourfold::ClipGradients::kNone>
+class ReleasedTrainer final : public Trainer {
+ public:
+  explicit ReleasedTrainer(torch::nn::Module& model)
+      : pipeline_(model),
+        optimizer_(pipeline_.parameters(), torch::optim::AdamWOptions()),
+        release_(optimizer_, {.clip = Way}) {}
+
+  double step(const std::function<torch::Tensor()>& loss, double learning_rate) override {
+    set_learning_rate(optimizer_, learning_rate);
+    const torch::Tensor value = pipeline_.forward(loss);
+    release_.backward(value);
+    return value.template item<double>();
+  }
+
+ private:
+  Pipeline pipeline_;
+  fourfold::optim::AdamWOf<fourfold::Int8> optimizer_;
+  fourfold::GradientRelease<> release_;
+};
+
 template <class T>
 std::unique_ptr<Trainer> make(torch::nn::Module& model) {
   return std::make_unique<T>(model);
@@ -79,6 +102,8 @@ inline std::span<const Setting> settings() {
       {"adamw8", "8-bit moments", 0.1, make<Training<OptimizerStates<Int8>>>},
       {"balanced", "the preset Balanced", 0.5, make<PipelineTrainer<Balanced>>},
       {"smallest", "the preset Smallest", 0.5, make<PipelineTrainer<Smallest>>},
+      {"release8", "8-bit moments, gradients released", 0.1,
+       make<ReleasedTrainer<CompressionPipeline<>>>},
   };
   return all;
 }
