@@ -3,8 +3,10 @@
 
 using fourfold::Companded, fourfold::Softsign, fourfold::Sqrt;
 #ifdef MISUSE
-template class fourfold::optim::AdamW<Companded<8, Softsign>, fourfold::Int8>;
+template class fourfold::optim::Optimizer<fourfold::optim::AdamWRule, Companded<8, Softsign>,
+                                          fourfold::Int8>;
 // EXPECT: use Companded<8, Sqrt>
 #else
-template class fourfold::optim::AdamW<Companded<8, Softsign>, Companded<8, Sqrt> >;
+template class fourfold::optim::Optimizer<fourfold::optim::AdamWRule, Companded<8, Softsign>,
+                                          Companded<8, Sqrt> >;
 #endif

@@ -191,17 +191,21 @@ TEST_F(AdamW, ThreadsDoNotChangeABit) {
 
 TEST_F(AdamW, EveryPathGivesTheSameBits) {
   namespace detail = fourfold::optim::detail;
-  using State = detail::AdamWState<Companded<8, Softsign>, Companded<8, Sqrt>>;
+  using fourfold::optim::AdamWRule;
+  using State = detail::ParameterState<Companded<8, Softsign>, Companded<8, Sqrt>,
+                                       fourfold::optim::RoundNearest>;
   for (const auto dtype : {torch::kFloat, torch::kBFloat16, torch::kHalf, torch::kDouble})
     for (const std::int64_t n : {1, 15, 129, 5003}) {
       const auto after = [&](Isa isa) {
         torch::manual_seed(n);
         auto p = parameter({n}, dtype);
-        State state(p, 0);
+        State state(p, /*by_rows=*/false);
+        const auto options = AdamWOptions(1e-2);
+        state.make<AdamWRule>(p, options, /*min_packed_elements=*/0);
         for (int step = 1; step <= 4; ++step)
-          detail::step_parameter(p, gradient(p, step), state,
-                                 detail::AdamWFactors(1e-2, 0.9, 0.999, 1e-8, 0.01, step),
-                                 Key{1, static_cast<std::uint64_t>(step), 0, 2}, isa);
+          detail::step_values<AdamWRule>(p, gradient(p, step), state,
+                                         AdamWRule::factors(options, {step, step == 1}),
+                                         detail::StepKeys(1, step, 2, true), false, isa);
         return std::pair(p.detach().clone(), state.second.buffers()[0].clone());
       };
       const auto expected = after(Isa::kScalar);

@@ -5,7 +5,10 @@
 #include <fourfold/codec/group_int.hpp>
 #include <fourfold/core/codec.hpp>
 
+#include <c10/util/Exception.h>
+
 #include <optional>
+#include <string>
 #include <type_traits>
 
 namespace fourfold::inline v0 {
@@ -19,9 +22,10 @@ struct Fp32 {
 /// A codec that an optimizer can rewrite tile by tile: `kTile` values are coded together, so that
 /// [begin, end) may be coded alone if begin is a multiple of kTile, and end too or the last.
 template <class C>
-concept StateCodec = StochasticCodec<C> &&
-    requires(const C& codec, typename C::Packed& packed, std::int64_t index, const float* from,
-             float* out, const std::optional<Key>& key, Isa isa) {
+concept StateCodec = requires(const C& codec, typename C::Packed& packed, std::int64_t index,
+                              const float* from, float* out, const std::optional<Key>& key,
+                              Isa isa) {
+  { C::name() } -> std::convertible_to<std::string>;  // in saved files
   { codec.zeros(at::IntArrayRef{}) } -> std::same_as<typename C::Packed>;
   codec.encode(packed, /*begin=*/index, /*end=*/index, from, key, isa);  // never throws on values
   codec.decode(packed, /*begin=*/index, /*end=*/index, out, isa);
@@ -34,6 +38,24 @@ template <class C>
 inline constexpr bool kIsLinear = false;
 template <IntFormat F>
 inline constexpr bool kIsLinear<GroupQuantizer<F>> = true;
+
+/// f(std::type_identity<C>{}) for the codec that a file names.
+template <class F>
+void visit_state_codec(const std::string& name, const F& f) {
+  bool known = false;
+  const auto offer = [&]<class C>(std::type_identity<C> codec) {
+    if (known || C::name() != name) return;
+    known = true;
+    f(codec);
+  };
+  offer(std::type_identity<Fp32>{});
+  offer(std::type_identity<Companded<8, Softsign>>{});
+  offer(std::type_identity<Companded<8, Sqrt>>{});
+  TORCH_CHECK(
+      known, "the states were saved in the code '", name,
+      "', which this fourfold does not know; build with the fourfold that wrote the file, or "
+      "begin with new states");
+}
 
 /// The codecs of both moments that a user means by one word.
 template <class C>

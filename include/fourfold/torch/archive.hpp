@@ -15,10 +15,12 @@
 
 namespace fourfold::door {
 
-class ArchiveReader {
+/// A template so that what nobody reads is not compiled.
+template <class = void>
+class BasicArchiveReader {
  public:
   /// `file` is what messages call it. The archive outlives the reader.
-  ArchiveReader(torch::serialize::InputArchive& archive, std::string file)
+  BasicArchiveReader(torch::serialize::InputArchive& archive, std::string file)
       : archive_(archive), file_(std::move(file)) {}
 
   [[nodiscard]] std::int64_t read_int(const std::string& key) const {
@@ -48,14 +50,16 @@ class ArchiveReader {
     TORCH_CHECK(archive_.try_read(key, part), file_, " has no '", key,
                 "': it is damaged or cut off; save it again");
   }
-  /// Checks that `key` holds a format version from 1 to `newest`. `holds`: what the file is to hold.
-  void read_version(const std::string& key, std::int64_t newest, const std::string& holds) const {
+  /// The format version that `key` holds, from 1 to `newest`. `holds`: what the file is to hold.
+  std::int64_t read_version(const std::string& key, std::int64_t newest,
+                            const std::string& holds) const {
     c10::IValue version;
     TORCH_CHECK(archive_.try_read(key, version) && version.isInt(), "the archive does not hold ",
                 holds, "; give it the archive that its save wrote to");
     TORCH_CHECK(version.toInt() >= 1 && version.toInt() <= newest, file_, " has format version ",
                 version.toInt(), ", and this fourfold reads versions 1 to ", newest,
                 "; update fourfold, or save it again");
+    return version.toInt();
   }
 
  private:
@@ -72,5 +76,6 @@ class ArchiveReader {
   torch::serialize::InputArchive& archive_;
   std::string file_;
 };
+using ArchiveReader = BasicArchiveReader<>;
 
 }  // namespace fourfold::door

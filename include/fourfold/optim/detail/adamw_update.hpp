@@ -118,6 +118,18 @@ inline void update(float* p, const float* g, float* m, float* v, std::int64_t n,
   for (; i < n; ++i) update_scalar(p[i], g[i], m[i], v[i], k);
 }
 
+/// The same for double parameters, whose moments are fp32.
+inline void update(double* p, const double* g, float* m, float* v, std::int64_t n,
+                   const AdamWFactors& k, Isa isa) {
+  static_cast<void>(isa);
+  for (std::int64_t i = 0; i < n; ++i) {
+    const double first = double{m[i]} * k.keep_first + g[i] * k.take_first;
+    const double second = double{v[i]} * k.keep_second + g[i] * g[i] * k.take_second;
+    p[i] = p[i] * k.decay + k.rate * first / (std::sqrt(second) * k.root + k.eps);
+    m[i] = static_cast<float>(first), v[i] = static_cast<float>(second);
+  }
+}
+
 }  // namespace optim::detail
 }  // namespace fourfold::inline v0
 

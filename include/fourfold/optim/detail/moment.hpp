@@ -37,9 +37,11 @@ class Moment {
   static constexpr bool kCodes = !std::is_same_v<C, Fp32>;
 
  public:
+  /// Of a rule that has none.
   Moment() = default;
   /// n zeros on a CPU.
-  Moment(std::int64_t n, bool packed) : n_(n), packed_(packed && kCodes) {
+  Moment(std::int64_t n, bool packed) : n_(n), packed_(n > 0 && packed && kCodes) {
+    if (n == 0) return;
     const PlaceGuard place(Place::kOptimizer);
     if constexpr (kCodes)
       if (packed_) codes_ = C{}.zeros({n});
@@ -53,6 +55,7 @@ class Moment {
     }
   }
 
+  [[nodiscard]] std::int64_t numel() const { return n_; }
   [[nodiscard]] bool packed() const { return packed_; }
   [[nodiscard]] const std::vector<at::Tensor>& buffers() const { return codes_.buffers; }
   [[nodiscard]] std::int64_t nbytes() const {
@@ -66,7 +69,8 @@ class Moment {
     for (std::size_t i = 0; i < buffers.size(); ++i) codes_.buffers[i].copy_(buffers[i]);
   }
 
-  /// Values [begin, begin + n) as fp32: in place, or decoded into `scratch`.
+  /// Values [begin, begin + n) as fp32: in place, or decoded into `scratch`; null where there are
+  /// none.
   float* load(std::int64_t begin, std::int64_t n, float* scratch, Isa isa) {
     if constexpr (kCodes)
       if (packed_) {
@@ -74,6 +78,7 @@ class Moment {
         return scratch;
       }
     static_cast<void>(scratch), static_cast<void>(isa), static_cast<void>(n);
+    if (n_ == 0) return nullptr;
     return codes_.buffers[0].template mutable_data_ptr<float>() + begin;
   }
   /// What load gave, changed.
@@ -85,12 +90,18 @@ class Moment {
     static_cast<void>(key), static_cast<void>(isa);
   }
 
-  /// All of it anew from fp32 values, rounded to nearest.
-  void assign(const at::Tensor& values) {
-    if (packed_)
-      store(0, n_, values.const_data_ptr<float>(), std::nullopt, fourfold::isa());
-    else
-      codes_.buffers[0].copy_(values);
+  /// All of it anew from another codec's values, rounded to nearest, tile by tile.
+  template <class From>
+  void assign(Moment<From>& from) {
+    float scratch[kTile];
+    for (std::int64_t begin = 0; begin < n_; begin += kTile) {
+      const std::int64_t n = std::min(kTile, n_ - begin);
+      const float* values = from.load(begin, n, scratch, fourfold::isa());
+      if (packed_)
+        store(begin, n, values, std::nullopt, fourfold::isa());
+      else
+        std::copy_n(values, n, codes_.buffers[0].template mutable_data_ptr<float>() + begin);
+    }
   }
 
  private:
