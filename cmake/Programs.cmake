@@ -46,3 +46,11 @@ target_link_libraries(fourfold_program INTERFACE
 if(FOURFOLD_TORCH_CUDA)
   target_link_libraries(fourfold_program INTERFACE fourfold::libtorch_cuda)
 endif()
+
+# Text to train on that is always there: the headers of the LibTorch in use.
+if(FOURFOLD_TORCH_FOUND_ROOT)
+  set(FOURFOLD_CORPUS "${FOURFOLD_TORCH_FOUND_ROOT}/include")
+elseif(TARGET torch)
+  get_target_property(FOURFOLD_CORPUS torch INTERFACE_INCLUDE_DIRECTORIES)
+  list(GET FOURFOLD_CORPUS 0 FOURFOLD_CORPUS)
+endif()

@@ -2,6 +2,11 @@
 #pragma once
 /// Where gradients meet an optimizer: what releases a gradient steps its parameter at once.
 ///   for (const at::Tensor& p : model->parameters()) { stepper.step_parameter(p); }   // is step()
+#include <c10/util/Exception.h>
+
+#include <memory>
+#include <utility>
+
 namespace at {
 class Tensor;
 }
@@ -18,13 +23,46 @@ class ParameterStepper {
  public:
   virtual void step_parameter(const at::Tensor& p) = 0;
 
+  /// The stepper, for whoever steps its parameters in backward; null once it is gone.
+  using Link = std::shared_ptr<ParameterStepper*>;
+  /// From now on step() by hand is an error, until release(false). Once at a time.
+  Link release(bool on) {
+    TORCH_CHECK(!on || link_ == nullptr,
+                "the gradients of this optimizer are released already; one GradientRelease is for "
+                "one optimizer: destroy the other one first");
+    link_ = on ? std::make_shared<ParameterStepper*>(this) : nullptr;
+    return link_;
+  }
+
  protected:
   ParameterStepper() = default;
-  ParameterStepper(const ParameterStepper&) = default;
-  ParameterStepper(ParameterStepper&&) = default;
-  ParameterStepper& operator=(const ParameterStepper&) = default;
-  ParameterStepper& operator=(ParameterStepper&&) = default;
-  ~ParameterStepper() = default;
+  ParameterStepper(const ParameterStepper&) {}
+  ParameterStepper(ParameterStepper&& other) noexcept { take(std::move(other)); }
+  ParameterStepper& operator=(const ParameterStepper&) { return *this; }
+  ParameterStepper& operator=(ParameterStepper&& other) noexcept {
+    take(std::move(other));
+    return *this;
+  }
+  ~ParameterStepper() {
+    if (link_) *link_ = nullptr;
+  }
+
+  /// To be called by step() before anything else.
+  void check_stepped_by_hand() const {
+    TORCH_CHECK(link_ == nullptr,
+                "step() was called on an optimizer whose gradients are released: its parameters "
+                "have been stepped in backward, and their gradients are gone; leave step() out, or "
+                "destroy the GradientRelease first");
+  }
+
+ private:
+  void take(ParameterStepper&& other) {
+    if (this == &other) return;
+    if (link_) *link_ = nullptr;
+    link_ = std::move(other.link_);
+    if (link_) *link_ = this;
+  }
+  Link link_;
 };
 
 }  // namespace fourfold::inline v0

@@ -95,6 +95,20 @@ class GradScaler {
   /// Errors: a second call before update(); no parameter with a gradient; before scale().
   at::Tensor step(Optimizer& optimizer, Optimizer::LossClosure closure = nullptr);
 
+  /// For whoever unscales and steps `optimizer` itself, as GradientRelease does: what step() would
+  /// have found, an fp32 scalar, 0 where all gradients were finite. Error: a second time, or after
+  /// unscale_() or step(), before update().
+  void record(Optimizer& optimizer, const at::Tensor& found_inf) {
+    if (!is_enabled()) return;
+    check_scaled("record");
+    OfOptimizer& state = optimizers_[&optimizer];
+    TORCH_CHECK(state.stage == Stage::kReady,
+                "GradScaler::record: the gradients of this optimizer have been checked since the "
+                "last update(); call update() at the end of the iteration");
+    state.found_inf = {found_inf};
+    state.stage = Stage::kStepped;
+  }
+
   /// The next iteration's scale: times backoff_factor if any optimizer's gradients were not finite,
   /// times growth_factor if they have been for growth_interval iterations (and the product is in
   /// fp32's range). Error: no gradients were checked since the last one.

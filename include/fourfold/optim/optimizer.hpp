@@ -147,6 +147,7 @@ class Optimizer : public ::torch::optim::Optimizer, public ParameterStepper {
 
 template <UpdateRule R, class M, class V, class W>
 at::Tensor Optimizer<R, M, V, W>::step(LossClosure closure) {
+  check_stepped_by_hand();
   at::Tensor loss;
   if (closure != nullptr) {
     const at::AutoGradMode with_gradients(true);
