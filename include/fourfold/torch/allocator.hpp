@@ -46,7 +46,7 @@ namespace fourfold::door {
 /// One in a process, never destroyed: tensors may outlive main.
 class [[gnu::visibility("default")]] CountingAllocator final : public c10::Allocator {
  public:
-  static constexpr std::uint32_t kAbi = 3;  ///< changes with this class, its counters and its arena
+  static constexpr std::uint32_t kAbi = 4;  ///< changes with this class, its counters and its arena
   static constexpr const char* kName = "allocator";
 
   /// From this size on a block is a page range of its own; below it comes from malloc.
