@@ -21,6 +21,7 @@ enum class StoredAs { kKept, kPacked, kMask, kRebuilt };
 /// A storage that a forward saves. The same each time that the same forward runs, however its
 /// storages are held.
 struct SavedStorage {
+  std::uint64_t forward = 0;    ///< as forward_began() was told
   std::uint64_t operation = 0;  ///< number of the operator that made it, else of who saves it
   std::uint64_t place = 0;      ///< among that operator's results, else among its arguments
   bool made = false;            ///< by an operator of this forward
@@ -54,9 +55,10 @@ class SavedPlan {
   };
 
   virtual ~SavedPlan() = default;
-  /// A forward begins, and ends, on this thread. May throw: then it does not begin.
-  virtual void forward_began() = 0;
-  virtual void forward_ended() noexcept = 0;
+  /// Forwards are numbered; those of several threads may run at once.
+  virtual void forward_began(std::uint64_t forward) = 0;
+  virtual void forward_ended(std::uint64_t forward) noexcept = 0;
+  /// An error that it throws ends the forward.
   [[nodiscard]] virtual Choice choose(const SavedStorage& storage) = 0;
 };
 

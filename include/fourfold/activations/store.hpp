@@ -148,12 +148,12 @@ struct ActivationStore::Active {
     tape->begin(forward);
     const bool in_backward = torch::autograd::get_current_graph_task_id() != -1;
     planned = store->options_.plan != nullptr && !in_backward;
-    if (planned) store->options_.plan->forward_began();
+    if (planned) store->options_.plan->forward_began(forward);
     scope.emplace(*tape, in_backward);
   }
   ~Active() {
     scope.reset();
-    if (planned) store->options_.plan->forward_ended();
+    if (planned) store->options_.plan->forward_ended(tape->forward());
     tape->clear();
     const std::lock_guard lock(store->mutex_);
     store->tapes_.push_back(std::move(tape));
@@ -297,7 +297,8 @@ inline SavedPlan::Choice ActivationStore::planned(const at::Tensor& tensor, Pack
   const c10::Storage& storage = tensor.storage();
   const detail::Tape::Origin* const origin = tape->origin(storage.unsafeGetStorageImpl());
   const detail::Tape::Frame* const frame = tape->frame();
-  SavedStorage saved{.bytes = static_cast<std::int64_t>(storage.nbytes()),
+  SavedStorage saved{.forward = tape->forward(),
+                     .bytes = static_cast<std::int64_t>(storage.nbytes()),
                      .sensitive = pack != options_.pack,
                      .values = &tensor};
   if (frame != nullptr) {
