@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
-/// Writes a StepRecord while a step runs: who is told what lives at each event, and when what was
-/// saved, read and let go. Not thread-safe: plan::Step calls it under its lock.
+/// Writes a StepRecord while a step runs: it is told what lives at each event, and what was saved,
+/// read and let go then. Not thread-safe: plan::Step calls it under its lock.
 #include <ATen/ops/cat.h>
 #include <c10/core/Storage.h>
 #include <c10/core/StorageImpl.h>
@@ -24,13 +24,14 @@ class Recorder {
 
   /// `peak`: the most that lived since the last event, `now`: what lives.
   void event(std::int64_t now, std::int64_t peak) {
-    const int most = position();
-    record_.bytes.push_back(peak - record_.base);
-    record_.bytes.push_back(now - record_.base);
-    // What died since the event before lived when most did, as far as anybody knows.
-    forget_dead(originals_,
-                [&](std::size_t item) { record_.storages[item].kept.first = most + 1; });
-    forget_dead(copies_, [&](std::size_t item) { close(record_.storages[item].dense, most); });
+    end_segment(now, peak);
+    // Of which nobody told: it lived when most did, as far as anybody knows.
+    forget([](const Living& one) { return one.storage.expired(); });
+  }
+  /// The block of a storage that saving() or decoded() was given went.
+  void freed(const void* block, std::int64_t now, std::int64_t peak) {
+    end_segment(now, peak);
+    forget([&](const Living& one) { return one.block == block; });
   }
 
   /// The storage is about to be held, as small as can be. An event is to come first.
@@ -49,7 +50,7 @@ class Recorder {
                                 .rungs = sample(values),
                                 .saved_at = position()});
     live_.push_back(0);
-    originals_.push_back({values.storage().getWeakStorageImpl(), saving_.item});
+    originals_.emplace_back(values.storage(), saving_.item);
     saving_.since = Clock::now();
     return static_cast<std::uint32_t>(saving_.item);
   }
@@ -76,7 +77,7 @@ class Recorder {
     storage.unpack_ms += std::max(0.0, ms - done.inner_ms);
     if (!decodings_.empty()) decodings_.back().inner_ms += ms;
     storage.dense.push_back({done.position, -1, static_cast<std::int64_t>(dense.nbytes())});
-    copies_.push_back({dense.getWeakStorageImpl(), item});
+    copies_.emplace_back(dense, item);
   }
   /// After an event.
   void released(std::uint32_t item) {
@@ -110,7 +111,10 @@ class Recorder {
   using Clock = std::chrono::steady_clock;
   using WeakStorage = c10::weak_intrusive_ptr<c10::StorageImpl>;
   struct Living {
+    Living(const c10::Storage& of, std::size_t i)
+        : storage(of.getWeakStorageImpl()), block(of.data()), item(i) {}
     WeakStorage storage;
+    const void* block;
     std::size_t item;
   };
   struct Saving {
@@ -133,11 +137,22 @@ class Recorder {
     for (Span& span : spans)
       if (span.last < 0) span.last = last;
   }
-  template <class Visit>
-  static void forget_dead(std::vector<Living>& living, const Visit& visit) {
-    std::erase_if(living, [&](const Living& one) {
-      if (!one.storage.expired()) return false;
-      visit(one.item);
+  void end_segment(std::int64_t now, std::int64_t peak) {
+    record_.bytes.push_back(peak - record_.base);
+    record_.bytes.push_back(now - record_.base);
+  }
+  /// They went in the segment that has just ended.
+  template <class Dead>
+  void forget(const Dead& dead) {
+    const int most = position() - 2;
+    std::erase_if(originals_, [&](const Living& one) {
+      if (!dead(one)) return false;
+      record_.storages[one.item].kept.first = most + 1;
+      return true;
+    });
+    std::erase_if(copies_, [&](const Living& one) {
+      if (!dead(one)) return false;
+      close(record_.storages[one.item].dense, most);
       return true;
     });
   }

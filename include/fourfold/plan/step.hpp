@@ -3,6 +3,7 @@
 /// One step: from the first forward whose graph is new until the last of what it saved is let go,
 /// so that several forwards before one backward are one step. Measures its peak; records it, if
 /// asked to.
+#include <fourfold/core/pointer_map.hpp>
 #include <fourfold/plan/recorder.hpp>
 #include <fourfold/torch/allocator.hpp>
 
@@ -31,6 +32,7 @@ class Step final : public StoredWatch {
     const std::lock_guard lock(mutex_);
     recorder_.emplace(base_, std::move(rungs));
     event();
+    watch_.freed = &Watch::note;
   }
   [[nodiscard]] bool recording() const {
     const std::lock_guard lock(mutex_);
@@ -71,6 +73,7 @@ class Step final : public StoredWatch {
   [[nodiscard]] std::uint32_t saving(const StorageId& id, const SavedStorage& storage) {
     const std::lock_guard lock(mutex_);
     event();
+    watch_.follow(storage.values->storage());
     return recorder_->saving(id, storage);
   }
   void held(std::uint32_t item, StoredAs kind, std::int64_t bytes, std::int64_t values) override {
@@ -90,6 +93,7 @@ class Step final : public StoredWatch {
   void decoded(std::uint32_t item, const c10::Storage& dense) noexcept override {
     const std::lock_guard lock(mutex_);
     if (!recorder_) return;
+    watch_.follow(dense);
     recorder_->decoded(item, dense);
     event();
   }
@@ -120,9 +124,40 @@ class Step final : public StoredWatch {
   }
 
  private:
+  /// The step's peak, and between its events the instants at which storages that it follows went.
+  struct Watch : door::PeakWatch {
+    struct Freed {
+      const void* block;
+      std::int64_t now, peak;
+    };
+    /// Under the counters' lock; its own is the innermost of all.
+    static void note(door::PeakWatch& base, const void* block, std::int64_t now) noexcept {
+      auto& self = static_cast<Watch&>(base);
+      const std::lock_guard lock(self.mutex);
+      if (self.followed.find(block) == nullptr) return;
+      self.followed.erase(block);
+      self.freed_blocks.push_back({block, now, std::exchange(self.peak, now)});
+    }
+    void follow(const c10::Storage& storage) {
+      const std::lock_guard lock(mutex);
+      followed.put(storage.data(), true);
+    }
+    std::vector<Freed> take() {
+      const std::lock_guard lock(mutex);
+      return std::exchange(freed_blocks, {});
+    }
+    std::mutex mutex;
+    PointerMap<bool> followed;
+    std::vector<Freed> freed_blocks;
+  };
+
   void event() noexcept {
     if (!recorder_ && held_ > 0) return;  // one reading is enough
     const PeakBytes bytes = counters_.read(watch_);
+    for (const Watch::Freed& one : watch_.take()) {
+      pending_ = std::max(pending_, one.peak);
+      if (recorder_) recorder_->freed(one.block, one.now, one.peak);
+    }
     pending_ = std::max(pending_, bytes.peak);
     if (recorder_) recorder_->event(bytes.current, bytes.peak);
   }
@@ -131,7 +166,7 @@ class Step final : public StoredWatch {
   }
 
   door::ByteCounters& counters_ = door::counters();
-  door::PeakWatch watch_;
+  Watch watch_;
   mutable std::mutex mutex_;
   std::optional<Recorder> recorder_;
   std::vector<StoredAs> kinds_;

@@ -48,6 +48,8 @@ class [[gnu::visibility("default")]] BytesObserver {
 struct PeakWatch {
   std::int64_t peak = 0;  ///< since it was last read; under the counters' lock
   PeakWatch* next = nullptr;
+  /// Told of each block that goes, under that lock, with what lives after it; may be null.
+  void (*freed)(PeakWatch& watch, const void* block, std::int64_t now) noexcept = nullptr;
 };
 
 /// Thread-safe, by one lock: uncontended it costs less than the malloc beside it, and a reading is
@@ -202,6 +204,8 @@ class ByteCounters {
     count_.now[index(place)] -= bytes;
     if (observer_ != nullptr) [[unlikely]]
       observer_->removed(block, bytes, place);
+    for (PeakWatch* one = watches_; one != nullptr; one = one->next)
+      if (one->freed != nullptr) one->freed(*one, block, count_.all.current);
   }
 
   void move_locked(const void* block, std::int64_t bytes, Place& from, Place to) {
