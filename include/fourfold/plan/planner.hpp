@@ -12,6 +12,7 @@
 #include <c10/util/Exception.h>
 #include <fourfold/activations/saved_plan.hpp>
 #include <fourfold/core/plan_options.hpp>
+#include <fourfold/core/pointer_map.hpp>
 #include <fourfold/plan/plan_report.hpp>
 #include <fourfold/plan/step.hpp>
 #include <fourfold/plan/step_plan.hpp>
@@ -51,7 +52,7 @@ class Planner final : public SavedPlan {
       return one.first == storage.forward;
     });
     if (forward == forwards_.end()) return {};  // the tape of an older scope
-    const StorageId id{forward->second, storage.operation, storage.place, storage.made};
+    const StorageId id = id_of(storage, forward->second);
     if (met_.empty()) start(id, storage);
     met_.push_back({id, storage.bytes, std::string(storage.producer)});
     Choice choice{.watch = step_, .item = kUnknown};
@@ -107,11 +108,24 @@ class Planner final : public SavedPlan {
   static constexpr std::uint32_t kUnknown = ~std::uint32_t{0};
   static constexpr std::size_t kPlans = 16;  ///< kinds of steps that are remembered
 
+  struct Known {
+    c10::weak_intrusive_ptr<c10::StorageImpl> storage;  // keeps the address from being used again
+    StorageId id;
+  };
   struct Met {
     StorageId id;
     std::int64_t bytes;
     std::string producer;
   };
+
+  /// One storage may be saved several times, first within the operator that makes it.
+  StorageId id_of(const SavedStorage& saved, std::uint64_t forward) {
+    const c10::Storage& storage = saved.values->storage();
+    if (const Known* known = ids_.find(storage.unsafeGetStorageImpl())) return known->id;
+    const StorageId id{forward, saved.operation, saved.place, saved.made};
+    ids_.put(storage.unsafeGetStorageImpl(), {storage.getWeakStorageImpl(), id});
+    return id;
+  }
 
   /// The step's first storage: is it one that has a plan?
   void start(const StorageId& id, const SavedStorage& storage) {
@@ -165,6 +179,7 @@ class Planner final : public SavedPlan {
   /// The step has ended: what does it teach?
   void conclude() {
     const std::shared_ptr<Step> step = std::move(step_);
+    ids_.clear();
     if (step == nullptr || met_.empty()) return;
     met_.clear();
     last_ = {.base = step->base(), .peak_after = step->peak_after()};
@@ -216,6 +231,7 @@ class Planner final : public SavedPlan {
   std::shared_ptr<Step> step_;
   std::vector<std::pair<std::uint64_t, std::uint64_t>> forwards_;  // as told; in the step
   std::vector<Met> met_;
+  PointerMap<Known> ids_;
   std::vector<bool> known_;
   std::vector<std::size_t> failed_;
   std::int64_t unknown_bytes_ = 0;
