@@ -19,12 +19,14 @@
 ///   Recompute<Operators>      activations/recompute.hpp    cheap operators computed again
 ///   Blocks<Every>             activations/blocks.hpp       whole blocks computed again
 ///   OptimizerStates<Codec>    optim/optimizer_states.hpp   AdamW's moments packed
+///   Budget<>                  plan/budget.hpp              which of it is done, within a budget
 ///
 /// A model is a module, a ModuleHolder, a Sequential or a pointer to one. The pipeline holds its
 /// parameters and not the module, and may outlive it. Errors leave the model as it was.
 #include <fourfold/activations/activations.hpp>
 #include <fourfold/activations/blocks.hpp>
 #include <fourfold/activations/recompute.hpp>
+#include <fourfold/core/plan_options.hpp>
 #include <fourfold/core/policy.hpp>
 #include <fourfold/optim/optimizer_states.hpp>
 #include <fourfold/report/meter.hpp>
@@ -131,41 +133,19 @@ class CompressionPipeline {
  public:
   /// Weights, if a policy covers them, are compressed here, in place.
   template <ModuleLike M>
-  explicit CompressionPipeline(M&& model) : state_(std::make_shared<detail::PipelineState>()) {
-    torch::nn::Module& module = detail::module_of(model, "CompressionPipeline");
-    if constexpr (kHas<Role::kBlocks>) {  // first: it undoes itself, and packing rounds
-      state_->block_every = PolicyOf<Role::kBlocks>::every;
-      state_->wrapped_blocks = wrap_sequential_blocks(module);
-    }
-    if constexpr (kHas<Role::kWeights>) {
-      using Chosen = PolicyOf<Role::kWeights>;
-      state_->weights = compress_weights<typename Chosen::Format>(model, typename Chosen::Chosen{});
-    }
-    state_->parameters = parameters_of(model, "CompressionPipeline");
-    TORCH_CHECK(!state_->parameters.empty(),
-                "CompressionPipeline: the module has no parameters, so there is nothing to train; "
-                "hand over the module that holds them, after they are registered");
-    for (const auto& [name, parameter] : state_->parameters)
-      if (parameter.requires_grad()) state_->trainable.push_back(parameter);
-    for (const at::Tensor& factor : factors(model)) state_->trainable.push_back(factor);
-
-    std::vector<at::Tensor> weights;
-    for (const auto& [name, parameter] : state_->parameters)
-      if (!door::is_packed(parameter)) weights.push_back(parameter);
-    for (const auto& [name, buffer] : buffers_of(model, "CompressionPipeline"))
-      weights.push_back(buffer);
-    state_->meter.adopt(weights, Place::kWeights);
-    state_->gradient_tags = door::retag_gradients(state_->trainable);
-
-    ActivationOptions options;
-    if (std::any_of(state_->parameters.begin(), state_->parameters.end(),
-                    [](const auto& one) { return door::is_packed(one.second); }))
-      options.payload_of = [](const at::Tensor& dense) { return door::payload_of_dense(dense); };
-    if constexpr (kHas<Role::kActivations>) PolicyOf<Role::kActivations>::configure(options);
-    if constexpr (kHas<Role::kRecompute>)
-      options.recompute = operator_names<typename PolicyOf<Role::kRecompute>::Operators>();
-    state_->store = ActivationStore::make(std::move(options));
-    state_->store->keep_storages(weights);
+  explicit CompressionPipeline(M&& model) {
+    build(model, nullptr);
+  }
+  /// With a budget in bytes: `Pipeline(*model, {.budget = 512_MiB})`. Needs the policy Budget<>.
+  template <ModuleLike M>
+  CompressionPipeline(M&& model, const PlanOptions& options) {
+    static_assert(kHas<Role::kBudget>,
+                  "a budget needs the policy Budget<>: include <fourfold/plan/budget.hpp> and name "
+                  "it among the pipeline's policies");
+    static_assert(kHas<Role::kActivations> || kHas<Role::kRecompute>,
+                  "Budget<> chooses among what other policies do: add Activations<...> (packed), "
+                  "Recompute<...> (exact), or both");
+    build(model, &options);
   }
 
   /// A handle: copies are the same pipeline, and so is what a move leaves behind.
@@ -200,6 +180,10 @@ class CompressionPipeline {
     ledger.saved_bytes = state_->store->held_bytes().peak;
     if constexpr (!kHas<Role::kBlocks>)  // what a block drops is not seen again as it was
       ledger.saved_plain_bytes = state_->store->plain_bytes().peak;
+    if constexpr (kHas<Role::kBudget>)
+      if (state_->store->plan() != nullptr)
+        ledger.predicted_peak_bytes =
+            PolicyOf<Role::kBudget>::predicted_peak_bytes(*state_->store->plan());
     if (!state_->weights.names.empty()) {
       std::ostringstream note;
       note << "weights: " << state_->weights.names.size() << " parameters packed, "
@@ -210,6 +194,15 @@ class CompressionPipeline {
     }
     if (const std::string why = explain(); !why.empty()) ledger.notes.push_back(why);
     return ledger;
+  }
+
+  /// Each saved storage, how the budget's plan holds it and what that costs; what else could be had.
+  [[nodiscard]] auto plan() const requires(kHas<Role::kBudget>) {
+    return PolicyOf<Role::kBudget>::report(budgeted());
+  }
+  /// Another budget, from the next step on.
+  void set_budget(std::int64_t bytes) requires(kHas<Role::kBudget>) {
+    PolicyOf<Role::kBudget>::set_budget(budgeted(), bytes);
   }
 
   /// Why nothing was saved, or no block was recomputed, if so; else empty.
@@ -236,7 +229,56 @@ class CompressionPipeline {
   }
 
  private:
-  std::shared_ptr<detail::PipelineState> state_;
+  [[nodiscard]] SavedPlan& budgeted() const {
+    TORCH_CHECK(state_->store->plan() != nullptr,
+                "CompressionPipeline: it was made without a budget, so there is no plan; make it "
+                "with one, as in Pipeline(*model, {.budget = 512_MiB})");
+    return *state_->store->plan();
+  }
+
+  template <class M>
+  void build(M& model, const PlanOptions* plan) {
+    torch::nn::Module& module = detail::module_of(model, "CompressionPipeline");
+    ActivationOptions options;
+    if constexpr (kHas<Role::kBudget>)  // first: an error leaves the model as it was
+      if (plan != nullptr)
+        options.plan = PolicyOf<Role::kBudget>::template make<PolicyOf<Role::kActivations>>(
+            *plan, kHas<Role::kWeights> ? NamedTensors{} : parameters_of(model, "Budget"));
+    if constexpr (kHas<Role::kBlocks>) {  // first: it undoes itself, and packing rounds
+      state_->block_every = PolicyOf<Role::kBlocks>::every;
+      state_->wrapped_blocks = wrap_sequential_blocks(module);
+    }
+    if constexpr (kHas<Role::kWeights>) {
+      using Chosen = PolicyOf<Role::kWeights>;
+      state_->weights = compress_weights<typename Chosen::Format>(model, typename Chosen::Chosen{});
+    }
+    state_->parameters = parameters_of(model, "CompressionPipeline");
+    TORCH_CHECK(!state_->parameters.empty(),
+                "CompressionPipeline: the module has no parameters, so there is nothing to train; "
+                "hand over the module that holds them, after they are registered");
+    for (const auto& [name, parameter] : state_->parameters)
+      if (parameter.requires_grad()) state_->trainable.push_back(parameter);
+    for (const at::Tensor& factor : factors(model)) state_->trainable.push_back(factor);
+
+    std::vector<at::Tensor> weights;
+    for (const auto& [name, parameter] : state_->parameters)
+      if (!door::is_packed(parameter)) weights.push_back(parameter);
+    for (const auto& [name, buffer] : buffers_of(model, "CompressionPipeline"))
+      weights.push_back(buffer);
+    state_->meter.adopt(weights, Place::kWeights);
+    state_->gradient_tags = door::retag_gradients(state_->trainable);
+
+    if (std::any_of(state_->parameters.begin(), state_->parameters.end(),
+                    [](const auto& one) { return door::is_packed(one.second); }))
+      options.payload_of = [](const at::Tensor& dense) { return door::payload_of_dense(dense); };
+    if constexpr (kHas<Role::kActivations>) PolicyOf<Role::kActivations>::configure(options);
+    if constexpr (kHas<Role::kRecompute>)
+      options.recompute = operator_names<typename PolicyOf<Role::kRecompute>::Operators>();
+    state_->store = ActivationStore::make(std::move(options));
+    state_->store->keep_storages(weights);
+  }
+
+  std::shared_ptr<detail::PipelineState> state_ = std::make_shared<detail::PipelineState>();
 };
 
 }  // namespace fourfold::inline v0

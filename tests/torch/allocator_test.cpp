@@ -375,6 +375,26 @@ TEST(BlockArenaRules, KeepsNoMoreThanItsAllowance) {
   arena.release();
 }
 
+TEST_F(Allocator, AWatchHasAPeakOfItsOwn) {
+  fourfold::door::PeakWatch outer, inner;
+  counters().watch(outer);
+  const std::int64_t start = counters().read().all.current;
+  auto large = floats(1 << 20);
+  large.reset();
+  counters().watch(inner);
+  counters().restart_peak();  // of everybody's meter, not of a watch
+  auto small = floats(1 << 10);
+  EXPECT_EQ(counters().read(inner).peak, start + (4 << 10));
+  EXPECT_EQ(counters().read(outer).peak, start + (4 << 20));
+  EXPECT_EQ(counters().read(outer).peak, start + (4 << 10)) << "it starts again when it is read";
+  EXPECT_EQ(counters().read(outer).current, start + (4 << 10));
+  counters().end_watch(outer);
+  large = floats(1 << 20);
+  EXPECT_EQ(counters().read(inner).peak, start + (4 << 10) + (4 << 20));
+  counters().end_watch(inner);
+  counters().end_watch(inner);  // once is enough
+}
+
 TEST(BlockArenaRules, AtThePeakKeepsNoMoreThanTheSlack) {
   BlockArena arena({.allowance = 64 * kMiB, .slack = 2 * kMiB, .earns = true});
   std::vector<void*> small;

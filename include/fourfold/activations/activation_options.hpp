@@ -2,6 +2,7 @@
 #pragma once
 /// How an ActivationStore packs, and what it leaves alone.
 #include <ATen/core/Tensor.h>
+#include <fourfold/activations/saved_plan.hpp>
 #include <fourfold/codec/bit_mask.hpp>
 #include <fourfold/core/payload.hpp>
 
@@ -14,9 +15,6 @@
 #include <vector>
 
 namespace fourfold::inline v0 {
-
-/// Packs values, rounded stochastically. A plain function, so that stores are not templates.
-using PackFunction = std::shared_ptr<const Payload> (*)(const at::Tensor& values, Key key);
 
 /// Packs values of at most two kinds exactly; null if there are more.
 using MaskFunction = std::shared_ptr<const Payload> (*)(const at::Tensor& values);
@@ -46,6 +44,7 @@ struct BasicActivationOptions {
   std::function<bool(const at::Tensor&)> keep{};  ///< true: held as it is
   /// The payload that a dense tensor was decompressed from, or null: it is saved in its stead.
   std::function<std::shared_ptr<const Payload>(const at::Tensor&)> payload_of{};
+  std::shared_ptr<SavedPlan> plan{};  ///< null: everything is held as small as the rest says
 };
 using ActivationOptions = BasicActivationOptions<>;
 

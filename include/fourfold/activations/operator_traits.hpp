@@ -12,6 +12,7 @@ namespace fourfold::inline v0::detail {
 
 template <class = void>
 struct BasicOperatorTraits {
+  std::string_view name;  ///< "aten::gelu"
   std::size_t arguments = 0, results = 0;
   std::vector<std::size_t> written;  ///< arguments that it writes to, by its schema
   bool cheap = false;                ///< may run again in place of keeping its result
@@ -29,16 +30,16 @@ struct BasicOperatorTraits {
   BasicOperatorTraits(const c10::OperatorHandle& op,
                       const std::vector<std::string_view>& cheap_names) {
     const c10::FunctionSchema& schema = op.schema();
+    name = schema.name();
     arguments = schema.arguments().size(), results = schema.returns().size();
     for (std::size_t i = 0; i < arguments; ++i)
       if (const c10::AliasInfo* alias = schema.arguments()[i].alias_info())
         if (alias->isWrite()) written.push_back(i);
-    std::string_view name = schema.name();
     if (!name.starts_with("aten::")) {
       cheap = allowed(op, name, cheap_names);
       return;
     }
-    name.remove_prefix(6);
+    const std::string_view name = this->name.substr(6);
     cheap = allowed(op, name, cheap_names);
     casts = op.hasKernelForDispatchKey(c10::DispatchKey::CompositeImplicitAutograd) ||
             op.hasKernelForDispatchKey(c10::DispatchKey::AutocastCPU) ||

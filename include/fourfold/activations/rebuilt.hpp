@@ -85,12 +85,15 @@ class BasicRebuilt final : public Stored, public std::enable_shared_from_this<Ba
     const std::lock_guard lock(mutex_);
     if (held_ != nullptr) return held_->storage();
     if (auto alive = dense_.lock()) return c10::Storage(std::move(alive));
+    note_decoding();
     const at::Tensor values = compute();
     dense_ = values.storage().getWeakStorageImpl();
+    note_decoded(values.storage());
     return values.storage();
   }
   bool exact() const override { return exact_; }
   StoredAs kind() const override { return StoredAs::kRebuilt; }
+  std::int64_t own_bytes() const override { return cloned_; }
 
   /// What it is computed from is about to be written to: computed now, and held.
   void before_input_write() override {
@@ -102,7 +105,9 @@ class BasicRebuilt final : public Stored, public std::enable_shared_from_this<Ba
       values = c10::Storage(std::move(alive));
     } else {
       try {
+        note_decoding();
         values = compute().storage();
+        note_decoded(values);
       } catch (const c10::Error&) {
         return;  // an input is gone already, and unpacking will say so
       }

@@ -95,6 +95,8 @@ class BasicActivationStore final : public door::SavedTensors,
   [[nodiscard]] PeakBytes held_bytes() const { return totals_->held.bytes(); }
   [[nodiscard]] SavedCounts counts() const { return totals_->counts(); }
   [[nodiscard]] std::uint64_t forwards() const { return forwards_.load(); }
+  /// Who decides, or null.
+  [[nodiscard]] const std::shared_ptr<SavedPlan>& plan() const { return options_.plan; }
   void restart_peaks() { totals_->plain.restart_peak(), totals_->held.restart_peak(); }
   /// In words: what was saved and what became of it, or why nothing was saved.
   [[nodiscard]] std::string explain() const;
@@ -112,11 +114,12 @@ class BasicActivationStore final : public door::SavedTensors,
   [[nodiscard]] detail::Tape* tape() const;
 
   std::shared_ptr<door::Saved> keep(const at::Tensor& tensor, const detail::Tape* tape = nullptr,
-                                    bool written = true);
+                                    bool written = true, const SavedPlan::Choice& choice = {});
   std::shared_ptr<door::Saved> uncounted(const at::Tensor& tensor, std::atomic<std::int64_t>& kind);
   std::shared_ptr<door::Saved> as(const Stored& stored, detail::StorageView view);
   std::shared_ptr<door::Saved> hold(const at::Tensor& tensor, const at::Tensor& attached,
                                     PackFunction pack);
+  SavedPlan::Choice planned(const at::Tensor& tensor, PackFunction pack, const detail::Tape* tape);
   Stored choose(const at::Tensor& tensor, const detail::Extent& extent, PackFunction pack,
                 detail::Tape* tape);
   Stored decoded(const at::Tensor& tensor, const detail::Extent& extent);
@@ -146,10 +149,14 @@ struct BasicActivationStore<T>::Active {
   Active(std::shared_ptr<ActivationStore> of, std::uint64_t forward)
       : store(std::move(of)), tape(take()) {
     tape->begin(forward);
-    scope.emplace(*tape, torch::autograd::get_current_graph_task_id() != -1);
+    const bool in_backward = torch::autograd::get_current_graph_task_id() != -1;
+    planned = store->options_.plan != nullptr && !in_backward;
+    if (planned) store->options_.plan->forward_began(forward);
+    scope.emplace(*tape, in_backward);
   }
   ~Active() {
     scope.reset();
+    if (planned) store->options_.plan->forward_ended(tape->forward());
     tape->clear();
     const std::lock_guard lock(store->mutex_);
     store->tapes_.push_back(std::move(tape));
@@ -165,6 +172,7 @@ struct BasicActivationStore<T>::Active {
 
   std::shared_ptr<ActivationStore> store;
   std::unique_ptr<detail::Tape> tape;
+  bool planned = false;
   std::optional<door::OperatorsScope> scope;
 };
 
@@ -190,10 +198,12 @@ std::shared_ptr<door::Saved> BasicActivationStore<T>::uncounted(const at::Tensor
 
 template <class T>
 std::shared_ptr<door::Saved> BasicActivationStore<T>::keep(const at::Tensor& tensor,
-                                                           const detail::Tape* tape, bool written) {
+                                                           const detail::Tape* tape, bool written,
+                                                           const SavedPlan::Choice& choice) {
   const auto values = static_cast<std::int64_t>(tensor.storage().nbytes() / tensor.element_size());
   auto kept = std::make_shared<detail::Kept>(index_->use(tensor.storage()), tensor, values);
   if (tape != nullptr && tape->frame() != nullptr) kept->note_saver(tape->frame()->time);
+  if (choice.watch != nullptr) kept->watch(choice.watch, choice.item);
   kept->use()->note_saved();
   if (written) index_->add(kept);
   totals_->kept.fetch_add(1, std::memory_order_relaxed);
@@ -205,10 +215,10 @@ std::shared_ptr<door::Saved> BasicActivationStore<T>::as(const Stored& stored,
                                                          detail::StorageView view) {
   std::atomic<std::int64_t>& count = [&]() -> std::atomic<std::int64_t>& {
     switch (stored->kind()) {
-      case detail::StoredAs::kKept: return totals_->kept;
-      case detail::StoredAs::kPacked: return totals_->packed;
-      case detail::StoredAs::kMask: return totals_->masks;
-      case detail::StoredAs::kRebuilt: return totals_->recomputed;
+      case StoredAs::kKept: return totals_->kept;
+      case StoredAs::kPacked: return totals_->packed;
+      case StoredAs::kMask: return totals_->masks;
+      case StoredAs::kRebuilt: return totals_->recomputed;
     }
     TORCH_INTERNAL_ASSERT(false);
   }();
@@ -263,7 +273,7 @@ std::shared_ptr<door::Saved> BasicActivationStore<T>::hold(const at::Tensor& ten
   detail::StorageView view(tensor);
   const detail::Extent extent(view);
   if (Stored found = index_->find(key, version, view.dtype, extent)) {
-    if (found->kind() != detail::StoredAs::kKept) return as(found, std::move(view));
+    if (found->kind() != StoredAs::kKept) return as(found, std::move(view));
     if (tape != nullptr && tape->frame() != nullptr)
       static_cast<detail::Kept&>(*found).note_saver(tape->frame()->time);
     found->use()->note_saved();
@@ -283,8 +293,42 @@ std::shared_ptr<door::Saved> BasicActivationStore<T>::hold(const at::Tensor& ten
     totals_->kept.fetch_add(1, std::memory_order_relaxed);
     return std::make_shared<detail::SavedPiece>(tensor, index_->use(tensor.storage()));
   }
-  const Stored stored = choose(tensor, extent, pack, tape);
-  return stored == nullptr ? keep(tensor, tape) : as(stored, std::move(view));
+  SavedPlan::Choice choice;
+  if (options_.plan != nullptr && tape != nullptr) choice = planned(tensor, pack, tape);
+  if (choice.pack != nullptr) pack = choice.pack;
+  const Stored stored = choice.keep ? nullptr : choose(tensor, extent, pack, tape);
+  if (stored == nullptr) return keep(tensor, tape, /*written=*/true, choice);
+  if (choice.watch != nullptr) stored->watch(std::move(choice.watch), choice.item);
+  return as(stored, std::move(view));
+}
+
+/// Not of what a block saves when it runs again: that goes at once.
+template <class T>
+SavedPlan::Choice BasicActivationStore<T>::planned(const at::Tensor& tensor, PackFunction pack,
+                                                  const detail::Tape* tape) {
+  if (torch::autograd::get_current_graph_task_id() != -1) return {};
+  const c10::Storage& storage = tensor.storage();
+  const detail::Tape::Origin* const origin = tape->origin(storage.unsafeGetStorageImpl());
+  const detail::Tape::Frame* const frame = tape->frame();
+  SavedStorage saved{.forward = tape->forward(),
+                     .bytes = static_cast<std::int64_t>(storage.nbytes()),
+                     .sensitive = pack != options_.pack,
+                     .values = &tensor};
+  if (frame != nullptr) {
+    saved.operation = frame->number, saved.saver = frame->traits->name;
+    saved.place = frame->tensors.size();
+    for (std::size_t i = frame->tensors.size(); i-- > 0;)
+      if (frame->tensors[i].storage().is_alias_of(storage)) saved.place = i;
+    saved.sensitive = saved.sensitive || (frame->traits->sensitive &&
+                                          !frame->argument(storage.unsafeGetStorageImpl()));
+  }
+  if (origin != nullptr && origin->time != 0) {
+    saved.operation = origin->number, saved.place = origin->result, saved.made = true;
+    if (origin->traits != nullptr) saved.producer = origin->traits->name;
+  }
+  SavedPlan::Choice choice = options_.plan->choose(saved);
+  if (saved.sensitive) choice.pack = nullptr;
+  return choice;
 }
 
 template <class T>

@@ -9,6 +9,7 @@
 #include <c10/core/Storage.h>
 #include <c10/core/StorageImpl.h>
 #include <fourfold/activations/saved_bytes.hpp>
+#include <fourfold/activations/saved_plan.hpp>  // StoredAs, StoredWatch
 #include <fourfold/activations/storage_view.hpp>
 #include <fourfold/core/payload.hpp>
 #include <fourfold/core/place.hpp>
@@ -31,8 +32,6 @@ using WeakStorage = c10::weak_intrusive_ptr<c10::StorageImpl>;
 template <class = void>
 class BasicStorageIndex;
 using StorageIndex = BasicStorageIndex<>;
-
-enum class StoredAs { kKept, kPacked, kMask, kRebuilt };
 
 /// A storage that the graph reads somehow: what plain LibTorch would hold. A weak reference keeps
 /// the StorageImpl's address from being used again.
@@ -88,7 +87,9 @@ class BasicStored {
   BasicStored(std::shared_ptr<StorageUse> use, std::int64_t version, at::ScalarType dtype,
               Extent extent)
       : use_(std::move(use)), version_(version), dtype_(dtype), extent_(std::move(extent)) {}
-  virtual ~BasicStored() = default;
+  virtual ~BasicStored() {
+    if (watch_ != nullptr) watch_->released(item_);
+  }
   BasicStored(const BasicStored&) = delete;
   BasicStored& operator=(const BasicStored&) = delete;
 
@@ -98,6 +99,8 @@ class BasicStored {
   /// Whether the values come back to the bit.
   [[nodiscard]] virtual bool exact() const = 0;
   [[nodiscard]] virtual StoredAs kind() const = 0;
+  /// Bytes that are held for it alone.
+  [[nodiscard]] virtual std::int64_t own_bytes() const { return 0; }
   /// The storage that it stands for is about to be written to.
   virtual void before_write() {}
   /// What it is computed from is about to be written to.
@@ -111,11 +114,28 @@ class BasicStored {
   [[nodiscard]] at::ScalarType dtype() const { return dtype_; }
   [[nodiscard]] const std::shared_ptr<StorageUse>& use() const { return use_; }
 
+  /// Before anybody else knows of it.
+  void watch(std::shared_ptr<StoredWatch> watch, std::uint32_t item) {
+    watch_ = std::move(watch), item_ = item;
+    watch_->held(item, kind(), own_bytes(), extent_.numel());
+  }
+
  protected:
+  void note_decoding() const {
+    if (watch_ != nullptr) watch_->decoding(item_);
+  }
+  void note_decoded(const c10::Storage& dense) const {
+    if (watch_ != nullptr) watch_->decoded(item_, dense);
+  }
+
   const std::shared_ptr<StorageUse> use_;
   const std::int64_t version_;
   const at::ScalarType dtype_;
   const Extent extent_;
+
+ private:
+  std::shared_ptr<StoredWatch> watch_;  // null: nobody asks
+  std::uint32_t item_ = 0;
 };
 using Stored = BasicStored<>;
 
@@ -340,6 +360,7 @@ class BasicPacked final : public Stored, public std::enable_shared_from_this<Bas
     const std::lock_guard lock(mutex_);
     if (auto alive = dense_.lock()) return c10::Storage(std::move(alive));
     const door::OperatorsPause pause;
+    note_decoding();
     at::Tensor values = payload_->decompress();
     TORCH_INTERNAL_ASSERT(values.numel() == extent_.numel() && values.is_contiguous() &&
                           values.storage_offset() == 0 && values.scalar_type() == dtype_);
@@ -349,11 +370,13 @@ class BasicPacked final : public Stored, public std::enable_shared_from_this<Bas
       values = around;
     }
     dense_ = values.storage().getWeakStorageImpl();
+    note_decoded(values.storage());
     if (extent_.dense()) use_->index()->mark_decoded(values.storage(), weak_from_this());
     return values.storage();
   }
   bool exact() const override { return exact_; }
   StoredAs kind() const override { return exact_ ? StoredAs::kMask : StoredAs::kPacked; }
+  std::int64_t own_bytes() const override { return bytes_; }
 
  private:
   const std::shared_ptr<const Payload> payload_;

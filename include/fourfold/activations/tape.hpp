@@ -46,9 +46,11 @@ class BasicTape final : public door::OperatorObserver {
     WeakStorage storage{c10::Storage().getWeakStorageImpl()};
     std::shared_ptr<const OperatorCall> call;  ///< of a cheap operator; else null
     std::size_t result = 0;
-    std::uint64_t began = 0, time = 0;  ///< its operator; 0: it comes from outside
-    std::uint64_t written = 0;          ///< when it was last written to in place
-    bool assembled = false;             ///< parts of it may never have been written
+    const OperatorTraits* traits = nullptr;  ///< of its operator
+    std::uint64_t number = 0;                ///< of its operator, in this forward
+    std::uint64_t began = 0, time = 0;       ///< its operator; 0: it comes from outside
+    std::uint64_t written = 0;               ///< when it was last written to in place
+    bool assembled = false;                  ///< parts of it may never have been written
     bool two_values = false;
   };
 
@@ -56,7 +58,8 @@ class BasicTape final : public door::OperatorObserver {
   struct Frame {
     const OperatorTraits* traits = nullptr;
     std::uint64_t time = 0;
-    c10::SmallVector<at::Tensor, 6> tensors;                                  ///< its arguments
+    std::uint64_t number = 0;                 ///< operators of this forward before it
+    c10::SmallVector<at::Tensor, 6> tensors;  ///< its arguments
     c10::SmallVector<std::pair<c10::StorageImpl*, std::int64_t>, 2> written;  ///< version before
     std::shared_ptr<OperatorCall> call;
 
@@ -83,6 +86,7 @@ class BasicTape final : public door::OperatorObserver {
     try {
       frame.traits = &traits;
       frame.time = index_->tick();
+      frame.number = operators_++;
       for (const at::IValue& value : arguments) collect(value, frame.tensors);
       for (std::size_t i : traits.written) note_write(frame, arguments[i]);
       if (traits.cheap && at::GradMode::is_enabled() && !(traits.casts && autocasting()))
@@ -109,6 +113,7 @@ class BasicTape final : public door::OperatorObserver {
       fresh = true;
       if (origin.time > frame.time) continue;  // an operator within this one knows better
       origin.began = frame.time, origin.time = now, origin.written = 0;
+      origin.traits = frame.traits, origin.number = frame.number, origin.result = i;
       origin.two_values = false;
       origin.assembled = frame.traits->assembles;
       origin.call = nullptr;
@@ -127,7 +132,7 @@ class BasicTape final : public door::OperatorObserver {
   /// For another forward.
   void begin(std::uint64_t forward) {
     forward_ = forward;
-    storages_ = 0;
+    storages_ = operators_ = 0;
   }
   [[nodiscard]] std::uint64_t forward() const { return forward_; }
   [[nodiscard]] std::uint64_t next_storage() { return storages_++; }
@@ -280,7 +285,7 @@ class BasicTape final : public door::OperatorObserver {
   std::size_t sweep_at_ = 256;
   std::vector<std::unique_ptr<Frame>> frames_;
   std::size_t depth_ = 0;
-  std::uint64_t forward_ = 0, storages_ = 0;
+  std::uint64_t forward_ = 0, storages_ = 0, operators_ = 0;
 };
 using Tape = BasicTape<>;
 

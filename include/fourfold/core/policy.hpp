@@ -6,7 +6,7 @@
 
 namespace fourfold::inline v0 {
 
-enum class Role { kWeights, kActivations, kRecompute, kBlocks, kOptimizerStates };
+enum class Role { kWeights, kActivations, kRecompute, kBlocks, kOptimizerStates, kBudget };
 
 constexpr std::string_view name(Role role) {
   switch (role) {
@@ -15,6 +15,7 @@ constexpr std::string_view name(Role role) {
     case Role::kRecompute: return "Recompute";
     case Role::kBlocks: return "Blocks";
     case Role::kOptimizerStates: return "OptimizerStates";
+    case Role::kBudget: return "Budget";
   }
   return "?";
 }

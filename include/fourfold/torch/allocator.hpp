@@ -47,7 +47,7 @@ namespace fourfold::door {
 template <class = void>
 class [[gnu::visibility("default")]] BasicCountingAllocator final : public c10::Allocator {
  public:
-  static constexpr std::uint32_t kAbi = 3;  ///< changes with this class, its counters and its arena
+  static constexpr std::uint32_t kAbi = 4;  ///< changes with this class, its counters and its arena
   static constexpr const char* kName = "allocator";
 
   /// From this size on a block is a page range of its own; below it comes from malloc.

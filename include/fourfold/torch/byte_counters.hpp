@@ -43,6 +43,15 @@ class [[gnu::visibility("default")]] BytesObserver {
   virtual void moved(const void* block, std::int64_t bytes, Place from, Place to) noexcept = 0;
 };
 
+/// A peak of one's own, whatever others restart: for whoever measures while a user's meter does.
+/// Lives where it was made known until it is taken back.
+struct PeakWatch {
+  std::int64_t peak = 0;  ///< since it was last read; under the counters' lock
+  PeakWatch* next = nullptr;
+  /// Told of each block that goes, under that lock, with what lives after it; may be null.
+  void (*freed)(PeakWatch& watch, const void* block, std::int64_t now) noexcept = nullptr;
+};
+
 /// Thread-safe, by one lock: uncontended it costs less than the malloc beside it, and a reading is
 /// of one instant. Storages that are not the allocator's own are adopted and followed by weak
 /// references: a dead one is dropped before anything is read and before a new peak is believed, so
@@ -117,6 +126,32 @@ class BasicByteCounters {
     observer_ = nullptr;
   }
 
+  /// Follows the peak for `one` from here on.
+  void watch(PeakWatch& one) {
+    std::vector<Adopted> dead;
+    const std::lock_guard lock(mutex_);
+    drop_dead(dead);
+    one.peak = count_.all.current;
+    one.next = watches_;
+    watches_ = &one;
+  }
+  void end_watch(PeakWatch& one) {
+    const std::lock_guard lock(mutex_);
+    for (PeakWatch** link = &watches_; *link != nullptr; link = &(*link)->next)
+      if (*link == &one) {
+        *link = one.next;
+        return;
+      }
+  }
+  /// What lives now, and the most that did since it was last read; `total` is all that ever was.
+  [[nodiscard]] PeakBytes read(PeakWatch& one) {
+    std::vector<Adopted> dead;
+    const std::lock_guard lock(mutex_);
+    drop_dead(dead);
+    const std::int64_t now = count_.all.current;
+    return {.current = now, .peak = std::exchange(one.peak, now), .total = count_.all.total};
+  }
+
   /// The peaks start again from what lives now; the totals go on.
   void restart_peak() {
     std::vector<Adopted> dead;
@@ -143,8 +178,10 @@ class BasicByteCounters {
     count_.all.current += bytes, count_.now[at] += bytes;
     if (!adopted_.empty() &&
         (count_.all.current > count_.all.peak || count_.now[at] > count_.own_peak[at] ||
-         (observer_ != nullptr && count_.all.current > observed_peak_)))
+         (observer_ != nullptr && count_.all.current > observed_peak_) || watched_peak()))
       drop_dead(dead);
+    for (PeakWatch* one = watches_; one != nullptr; one = one->next)
+      one->peak = std::max(one->peak, count_.all.current);
     if (observer_ != nullptr) [[unlikely]] {  // after the dead are gone: it believes no peak either
       observer_->added(block, bytes, place);
       observed_peak_ = std::max(observed_peak_, count_.all.current);
@@ -156,11 +193,20 @@ class BasicByteCounters {
     }
   }
 
+  /// Whether what lives now is more than a watch has seen.
+  [[nodiscard]] bool watched_peak() const {
+    for (const PeakWatch* one = watches_; one != nullptr; one = one->next)
+      if (count_.all.current > one->peak) return true;
+    return false;
+  }
+
   void subtract_locked(const void* block, std::int64_t bytes, Place place) {
     count_.all.current -= bytes;
     count_.now[index(place)] -= bytes;
     if (observer_ != nullptr) [[unlikely]]
       observer_->removed(block, bytes, place);
+    for (PeakWatch* one = watches_; one != nullptr; one = one->next)
+      if (one->freed != nullptr) one->freed(*one, block, count_.all.current);
   }
 
   void move_locked(const void* block, std::int64_t bytes, Place& from, Place to) {
@@ -187,6 +233,7 @@ class BasicByteCounters {
   ByteCount count_;
   BytesObserver* observer_ = nullptr;  // read under the lock, which is held anyway
   std::int64_t observed_peak_ = 0;     // the most that lived since it is told
+  PeakWatch* watches_ = nullptr;
   PointerMap<Adopted> adopted_;
 };
 using ByteCounters = BasicByteCounters<>;

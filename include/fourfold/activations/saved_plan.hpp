@@ -1,0 +1,65 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+/// Who decides how each storage is held, where an ActivationStore does not do it by its options
+/// alone (plan/budget.hpp). It is asked about storages that could be held in more than one way,
+/// and told what became of them.
+#include <ATen/core/Tensor.h>
+#include <fourfold/core/payload.hpp>
+#include <fourfold/core/random.hpp>  // Key
+
+#include <cstdint>
+#include <memory>
+#include <string_view>
+
+namespace fourfold::inline v0 {
+
+/// Packs values, rounded stochastically. A plain function, so that stores are not templates.
+using PackFunction = std::shared_ptr<const Payload> (*)(const at::Tensor& values, Key key);
+
+enum class StoredAs { kKept, kPacked, kMask, kRebuilt };
+
+/// A storage that a forward saves. The same each time that the same forward runs, however its
+/// storages are held.
+struct SavedStorage {
+  std::uint64_t forward = 0;    ///< as forward_began() was told
+  std::uint64_t operation = 0;  ///< number of the operator that made it, else of who saves it
+  std::uint64_t place = 0;      ///< among that operator's results, else among its arguments
+  bool made = false;            ///< by an operator of this forward
+  std::string_view producer{};  ///< that operator's name
+  std::string_view saver{};     ///< the operator that saves it
+  std::int64_t bytes = 0;       ///< of the whole storage
+  bool sensitive = false;       ///< held by `pack_sensitive`, if it is packed
+  const at::Tensor* values = nullptr;  ///< what is saved of it
+};
+
+/// Told what happens to one storage, on any thread.
+class StoredWatch {
+ public:
+  virtual ~StoredWatch() = default;
+  /// It is held so, in `bytes` of its own (those of a storage that is kept are not).
+  virtual void held(std::uint32_t item, StoredAs kind, std::int64_t bytes, std::int64_t values) = 0;
+  /// Its values are about to be made again, and were: `dense` is the copy.
+  virtual void decoding(std::uint32_t item) noexcept = 0;
+  virtual void decoded(std::uint32_t item, const c10::Storage& dense) noexcept = 0;
+  /// Nothing holds it any more.
+  virtual void released(std::uint32_t item) noexcept = 0;
+};
+
+class SavedPlan {
+ public:
+  struct Choice {
+    bool keep = false;            ///< as it is
+    PackFunction pack = nullptr;  ///< where it is packed and not sensitive; null: by `pack`
+    std::shared_ptr<StoredWatch> watch{};  ///< may be null
+    std::uint32_t item = 0;                ///< what the watch knows it by
+  };
+
+  virtual ~SavedPlan() = default;
+  /// Forwards are numbered; those of several threads may run at once.
+  virtual void forward_began(std::uint64_t forward) = 0;
+  virtual void forward_ended(std::uint64_t forward) noexcept = 0;
+  /// An error that it throws ends the forward.
+  [[nodiscard]] virtual Choice choose(const SavedStorage& storage) = 0;
+};
+
+}  // namespace fourfold::inline v0

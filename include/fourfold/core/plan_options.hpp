@@ -1,0 +1,35 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+/// What a user says of a memory budget: `Pipeline pipeline(*model, {.budget = 512_MiB});`
+#include <cstdint>
+
+namespace fourfold::inline v0 {
+
+inline namespace literals {
+
+/// Bytes. Signed, as all counts of bytes here, so that a negative one is seen as what it is.
+constexpr std::int64_t operator""_KiB(unsigned long long n) {
+  return static_cast<std::int64_t>(n) << 10;
+}
+constexpr std::int64_t operator""_MiB(unsigned long long n) {
+  return static_cast<std::int64_t>(n) << 20;
+}
+constexpr std::int64_t operator""_GiB(unsigned long long n) {
+  return static_cast<std::int64_t>(n) << 30;
+}
+
+}  // namespace literals
+
+struct PlanOptions {
+  /// The most bytes that may live at once in forward and backward: all CPU tensors of the process,
+  /// weights, gradients and states among them, as fourfold::Meter counts them.
+  std::int64_t budget = 0;
+  /// The variance that rounding may add to gradients, as a share of their own (plan/record.hpp).
+  double most_variance = 0.1;
+  /// What all users of the process together may hold; 0: nobody else is watched. Above high_water
+  /// of it the next cheaper plan is taken, step by step, and below low_water the one before.
+  std::int64_t device_bytes = 0;
+  double high_water = 0.8, low_water = 0.7;
+};
+
+}  // namespace fourfold::inline v0

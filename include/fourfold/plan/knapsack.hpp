@@ -1,0 +1,153 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+/// The multiple-choice knapsack of a step: the cheapest options whose bytes fit at every position.
+///
+///   Solution best = plan::solve(problem, /*budget=*/512 << 20, /*most_variance=*/0.1);
+///   if (!best.feasible) refuse(plan::smallest(problem, 0.1).peak);
+///
+/// Each position is a constraint of its own, and so is the variance. Lagrangian relaxation with a
+/// price for each constraint (Kellerer, Pferschy, Pisinger, "Knapsack Problems", 11.2): where one
+/// is violated, its price is found by bisection, the others held, until none is; prices that later
+/// ones made too high are lowered. What room is left is filled greedily, by single options and by
+/// exchanges of two. A price never enters without need, so constraints that do not bind cost
+/// nothing. Solution::bound is the dual's value: the distance to the optimum is at most cost -
+/// bound.
+#include <fourfold/plan/detail/moves.hpp>
+#include <fourfold/plan/detail/relaxation.hpp>
+#include <fourfold/plan/problem.hpp>
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <limits>
+#include <utility>
+#include <vector>
+
+namespace fourfold::inline v0::plan {
+
+namespace detail {
+
+/// What cannot bind is left out: positions that no choice fills, and of neighbours without a change
+/// between them all but the largest. Spans are moved to what is left.
+[[nodiscard]] inline Problem without_slack(const Problem& problem, std::int64_t budget) {
+  const std::size_t positions = problem.fixed.size();
+  std::vector<std::int64_t> most(problem.fixed);
+  for (const Item& item : problem.items) {
+    std::vector<std::int64_t> largest(positions + 1, 0);  // by starts and ends: an upper bound
+    for (const Option& option : item.options)
+      for (const Span& span : option.spans)
+        if (span.bytes > 0)
+          for (int p = span.first; p <= span.last; ++p)
+            largest[static_cast<std::size_t>(p)] += span.bytes;
+    for (std::size_t p = 0; p < positions; ++p) most[p] += largest[p];
+  }
+  Problem out;
+  out.ms_of_variance = problem.ms_of_variance;
+  std::vector<int> after(positions + 1, 0);  // how many positions before p are left
+  for (std::size_t p = 0; p < positions; ++p) {
+    after[p + 1] = after[p] + (most[p] > budget ? 1 : 0);
+    if (most[p] > budget) out.fixed.push_back(problem.fixed[p]);
+  }
+  out.items = problem.items;
+  for (Item& item : out.items)
+    for (Option& option : item.options) {
+      for (Span& span : option.spans)
+        span = {.first = after[static_cast<std::size_t>(span.first)],
+                .last = after[static_cast<std::size_t>(span.last + 1)] - 1,
+                .bytes = span.bytes};
+      std::erase_if(option.spans, [](const Span& span) { return span.last < span.first; });
+    }
+  return out;
+}
+
+}  // namespace detail
+
+/// The cheapest choice found within `budget` bytes at every position and `most_variance` in all.
+/// Where none was found, `feasible` is false and the choice is the smallest one that was.
+[[nodiscard]] inline Solution solve(const Problem& problem, std::int64_t budget,
+                                    double most_variance = 1e300) {
+  const Problem tight = detail::without_slack(problem, budget);
+  detail::Relaxation relaxation(tight, budget, most_variance);
+  const bool within = relaxation.raise();
+  if (within) relaxation.lower();
+  detail::Moves moves(tight, budget, most_variance, relaxation.choice());
+  const bool feasible = moves.repair();
+  if (feasible) moves.improve();
+  Solution out = evaluate(problem, moves.choice());
+  out.bound = relaxation.bound();
+  out.feasible = feasible;
+  return out;
+}
+
+/// The choice with the smallest peak that was found, whatever it costs, within `most_variance`.
+[[nodiscard]] inline Solution smallest(const Problem& problem, double most_variance = 1e300) {
+  Problem free = problem;  // of cost
+  free.ms_of_variance = 0;
+  std::vector<int> choice;
+  std::vector<std::int64_t> least(problem.fixed);
+  for (Item& item : free.items) {
+    std::vector<double> areas;
+    std::vector<std::int64_t> item_least(problem.fixed.size(),
+                                         std::numeric_limits<std::int64_t>::max());
+    for (Option& option : item.options) {
+      option.ms = 0;
+      double area = 0;
+      std::vector<std::int64_t> bytes(problem.fixed.size(), 0);
+      for (const Span& span : option.spans)
+        for (int p = span.first; p <= span.last; ++p)
+          bytes[static_cast<std::size_t>(p)] += span.bytes;
+      for (std::size_t p = 0; p < bytes.size(); ++p) {
+        area += static_cast<double>(bytes[p]);
+        item_least[p] = std::min(item_least[p], bytes[p]);
+      }
+      areas.push_back(area);
+    }
+    for (std::size_t p = 0; p < least.size(); ++p) least[p] += item_least[p];
+    choice.push_back(
+        static_cast<int>(std::min_element(areas.begin(), areas.end()) - areas.begin()));
+  }
+  std::int64_t low = 0;
+  for (const std::int64_t bytes : least) low = std::max(low, bytes);
+  Solution best = evaluate(problem, choice);
+  best.feasible = best.variance <= most_variance;
+  detail::Moves moves(free, low, most_variance, choice);
+  static_cast<void>(moves.repair());
+  Solution moved = evaluate(problem, moves.choice());
+  moved.feasible = moved.variance <= most_variance;
+  if (moved.feasible && (!best.feasible || moved.peak < best.peak)) best = moved;
+  std::int64_t high = best.feasible ? best.peak : std::numeric_limits<std::int64_t>::max() / 4;
+  for (int round = 0; round < 24 && low < high; ++round) {
+    const std::int64_t middle = low + (high - low) / 2;
+    Solution found = solve(free, middle, most_variance);
+    if (found.feasible) {
+      best = evaluate(problem, std::move(found.choice));
+      best.feasible = true;
+      high = best.peak;
+    } else {
+      low = middle + 1;
+    }
+  }
+  return best;
+}
+
+/// The least that a budget costs, at `points` budgets between the smallest peak and that of the
+/// cheapest choice: what a user may move along. By rising peak; each costs less than the one before.
+[[nodiscard]] inline std::vector<Solution> trade_off(const Problem& problem, double most_variance,
+                                                     int points) {
+  const Solution small = smallest(problem, most_variance);
+  const Solution cheap =
+      solve(problem, std::numeric_limits<std::int64_t>::max() / 2, most_variance);
+  std::vector<Solution> out;
+  for (int i = 0; i < points; ++i) {
+    const std::int64_t budget =
+        i + 1 == points ? std::max(small.peak, cheap.peak)
+                        : small.peak + (cheap.peak - small.peak) * i / std::max(points - 1, 1);
+    Solution found = solve(problem, budget, most_variance);
+    if (!found.feasible && i == 0) found = small;
+    if (!found.feasible || (!out.empty() && found.cost >= out.back().cost)) continue;
+    out.push_back(std::move(found));
+  }
+  return out;
+}
+
+}  // namespace fourfold::inline v0::plan

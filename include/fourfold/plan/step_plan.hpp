@@ -1,0 +1,137 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+/// The plan of one kind of step: its record, the choice for each storage, and how far the bytes
+/// that were predicted are from those that were measured.
+#include <fourfold/plan/knapsack.hpp>
+#include <fourfold/plan/record.hpp>
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <optional>
+#include <unordered_map>
+#include <utility>
+#include <vector>
+
+namespace fourfold::inline v0::plan {
+
+class StepPlan {
+ public:
+  StepPlan(StepRecord record, double most_variance) : most_variance_(most_variance) {
+    renew(std::move(record));
+  }
+
+  /// The same storages, recorded again.
+  void renew(StepRecord record) {
+    record_ = std::move(record);
+    index_.clear();
+    for (std::size_t i = 0; i < record_.storages.size(); ++i)
+      index_.emplace(key(record_.storages[i].id), i);
+    remake();
+    correction_ = 0, steps_ = 0, exceeded_ = false, last_difference_.reset();
+  }
+
+  /// The storage's number in the record; -1 if it is not there, -2 if another one is.
+  [[nodiscard]] std::ptrdiff_t find(const StorageId& id, std::int64_t bytes,
+                                    std::string_view producer) const {
+    const auto found = index_.find(key(id));
+    if (found == index_.end()) return -1;
+    const StorageRecord& storage = record_.storages[found->second];
+    if (storage.bytes != bytes || storage.producer != producer) return -2;
+    return static_cast<std::ptrdiff_t>(found->second);
+  }
+  [[nodiscard]] Way way(std::size_t storage) const {
+    return record_.storages[storage].ways()[static_cast<std::size_t>(chosen_.choice[storage])];
+  }
+
+  /// The least that such a step needs above what lives when it begins.
+  [[nodiscard]] std::int64_t least() const { return std::max(smallest_.peak, least_measured_); }
+
+  /// Chooses for a step that may need `room` bytes above what lives when it begins, at the cost of
+  /// `notches` points of the trade-off curve.
+  void choose(std::int64_t room, std::int64_t budget, int notches) {
+    // Until it was measured, and where it was: what it may be wrong by.
+    const std::int64_t margin = steps_ == 0 ? budget / 50 : budget / 500;
+    std::int64_t most = room - correction_ - margin;
+    if (notches > 0) most = std::min(most, cheaper(most, notches));
+    most = std::max(most, smallest_.peak);
+    if (solved_ && chosen_.peak <= most && (chosen_.cost == 0 || most - most_ <= budget / 200))
+      return;
+    chosen_ = solve(problem_, most, most_variance_);
+    if (!chosen_.feasible) chosen_ = smallest_;
+    most_ = most, solved_ = true;
+    ++solutions_;
+  }
+
+  /// Above what lived when the step began.
+  [[nodiscard]] std::int64_t predicted() const { return chosen_.peak + correction_; }
+
+  /// A step ran by the plan: `measured` above what lived when it began, `room` as for choose().
+  void learn(std::int64_t measured, std::int64_t room, bool whole) {
+    const std::int64_t difference = measured - chosen_.peak;
+    if (!whole && difference < correction_) return;
+    if (measured > room) {
+      exceeded_ = true;
+      if (chosen_.peak <= smallest_.peak) least_measured_ = std::max(least_measured_, measured);
+    }
+    if (steps_ == 0 || difference > correction_)
+      correction_ = difference;
+    else if (!exceeded_)
+      correction_ = std::max(difference, last_difference_.value_or(difference));
+    last_difference_ = difference;
+    ++steps_;
+  }
+  /// A storage that was to be computed again could not be: it is kept from now on.
+  void cannot_rebuild(std::size_t storage) {
+    record_.storages[storage].rebuild_fails = true;
+    remake();
+  }
+
+  [[nodiscard]] const std::vector<Solution>& curve() const {
+    if (curve_.empty()) curve_ = trade_off(problem_, most_variance_, kCurve);
+    return curve_;
+  }
+  [[nodiscard]] const StepRecord& record() const { return record_; }
+  [[nodiscard]] const Problem& problem() const { return problem_; }
+  [[nodiscard]] const Solution& chosen() const { return chosen_; }
+  [[nodiscard]] std::int64_t correction() const { return correction_; }
+  [[nodiscard]] int steps() const { return steps_; }          ///< that ran by it
+  [[nodiscard]] int solutions() const { return solutions_; }  ///< choices made so far
+  bool strict = true;  ///< a storage that the record does not know asks for a new record
+
+  [[nodiscard]] static std::uint64_t key(const StorageId& id) {
+    return id.forward << 56 ^ id.operation << 9 ^ id.place << 1 ^ (id.made ? 1u : 0u);
+  }
+
+ private:
+  static constexpr int kCurve = 20;
+
+  void remake() {
+    problem_ = record_.problem();
+    smallest_ = smallest(problem_, most_variance_);
+    if (!smallest_.feasible) smallest_ = smallest(problem_);  // nothing is quieter
+    chosen_ = smallest_;
+    least_measured_ = 0, solved_ = false;
+    curve_.clear();
+  }
+  /// The peak of the curve's point that is so many below `most`.
+  [[nodiscard]] std::int64_t cheaper(std::int64_t most, int notches) const {
+    const std::vector<Solution>& points = curve();
+    std::ptrdiff_t at = std::ssize(points) - 1;
+    while (at > 0 && points[static_cast<std::size_t>(at)].peak > most) --at;
+    return points[static_cast<std::size_t>(std::max<std::ptrdiff_t>(at - notches, 0))].peak;
+  }
+
+  const double most_variance_;
+  StepRecord record_;
+  std::unordered_map<std::uint64_t, std::size_t> index_;
+  Problem problem_;
+  Solution smallest_, chosen_;
+  mutable std::vector<Solution> curve_;
+  std::int64_t most_ = 0, correction_ = 0, least_measured_ = 0;
+  std::optional<std::int64_t> last_difference_;
+  int steps_ = 0, solutions_ = 0;
+  bool solved_ = false, exceeded_ = false;
+};
+
+}  // namespace fourfold::inline v0::plan
