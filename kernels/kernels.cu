@@ -8,7 +8,8 @@ using namespace fourfold;
 
 cudaStream_t as_stream(void* stream) { return static_cast<cudaStream_t>(stream); }
 
-bool is_nf4(const FourfoldFormat& format) { return format.kind == 1 && format.group == 64; }
+constexpr std::int32_t kNf4 = 1, kNf4WithScales = 4;
+bool is_nf4(const FourfoldFormat& format) { return format.kind == kNf4 && format.group == 64; }
 
 int compress(FourfoldFormat format, void* codes, void* scales, const void* x, FourfoldDtype dtype,
              std::int64_t n, const FourfoldKey* key, void* stream) {
@@ -17,8 +18,9 @@ int compress(FourfoldFormat format, void* codes, void* scales, const void* x, Fo
   const Key* const noise = key == nullptr ? nullptr : &named;
   if (format.kind == 0)
     return cuda::compress_groups(format, codes, scales, x, dtype, n, noise, as_stream(stream));
-  if (is_nf4(format))
-    return cuda::compress_nf4(codes, scales, x, dtype, n, noise, as_stream(stream));
+  if (is_nf4(format) || format.kind == kNf4WithScales)
+    return cuda::compress_nf4(/*given=*/!is_nf4(format), codes, scales, x, dtype, n, noise,
+                              as_stream(stream));
   return cuda::compress_companded(format, codes, scales, x, dtype, n, noise, as_stream(stream));
 }
 
@@ -57,11 +59,21 @@ int decompress_mask(std::int32_t width, void* out, const void* bits, const void*
   return cuda::decompress_bit_mask(width, out, bits, other, n, as_stream(stream));
 }
 
+int compress_scales(void* codes, void* steps, void* scales, std::int64_t blocks, bool up,
+                    void* stream) {
+  return cuda::compress_nf4_scales(codes, steps, scales, blocks, up, as_stream(stream));
+}
+
+int decompress_scales(void* scales, const void* codes, const void* steps, std::int64_t blocks,
+                      void* stream) {
+  return cuda::decompress_nf4_scales(scales, codes, steps, blocks, as_stream(stream));
+}
+
 }  // namespace
 
 extern "C" const FourfoldKernels* fourfold_cuda_kernels() {
   static constexpr FourfoldKernels kTable{
-      cuda::kKernelsVersion, compress,      decompress,     matmul,
-      factor_matmul,         compress_mask, decompress_mask};
+      cuda::kKernelsVersion, compress,        decompress,      matmul,           factor_matmul,
+      compress_mask,         decompress_mask, compress_scales, decompress_scales};
   return &kTable;
 }

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "nf4.cuh"
+#include "nf4_scales.cuh"
 
 #include "packed_matmul.cuh"
 #include "table.hpp"
@@ -7,12 +8,25 @@
 
 namespace fourfold::cuda {
 
-cudaError_t compress_nf4(void* codes, void* scales, const void* x, FourfoldDtype dtype,
+cudaError_t compress_nf4(bool given, void* codes, void* scales, const void* x, FourfoldDtype dtype,
                          std::int64_t n, const Key* key, cudaStream_t stream) {
   return visit_dtype(dtype, [&]<class T>(std::type_identity<T>) {
-    return nf4_compress(static_cast<std::uint8_t*>(codes), static_cast<float*>(scales),
-                        static_cast<const T*>(x), n, key, stream);
+    const auto compress = given ? nf4_compress<true, T> : nf4_compress<false, T>;
+    return compress(static_cast<std::uint8_t*>(codes), static_cast<float*>(scales),
+                    static_cast<const T*>(x), n, key, stream);
   });
+}
+
+cudaError_t compress_nf4_scales(void* codes, void* steps, void* scales, std::int64_t blocks,
+                                bool up, cudaStream_t stream) {
+  return nf4_compress_scales(static_cast<std::uint8_t*>(codes), static_cast<float*>(steps),
+                             static_cast<float*>(scales), blocks, up, stream);
+}
+
+cudaError_t decompress_nf4_scales(void* scales, const void* codes, const void* steps,
+                                  std::int64_t blocks, cudaStream_t stream) {
+  return nf4_decompress_scales(static_cast<float*>(scales), static_cast<const std::uint8_t*>(codes),
+                               static_cast<const float*>(steps), blocks, stream);
 }
 
 cudaError_t decompress_nf4(void* out, FourfoldDtype dtype, const void* codes, const void* scales,

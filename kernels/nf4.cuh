@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 /// NF4 (codec/nf4_code.hpp), blocks of 64 with fp32 scales: eight lanes a block, eight values a
-/// lane. Reads sizeof(T), writes 1/2 + 4 / 64 bytes a value: memory bound.
+/// lane. Reads sizeof(T), writes 1/2 + 4 / 64 bytes a value: memory bound. Scales are found, or
+/// given (by nf4_scales.cuh, which quantises those of a first pass).
 #include <fourfold/codec/nf4_code.hpp>
 
 #include "group_int.cuh"
@@ -15,10 +16,10 @@ struct Nf4Tables {
 };
 inline constexpr int kNf4Block = 64;
 
-template <class T, bool Stochastic>
+template <class T, bool Stochastic, bool Given>
 __global__ __launch_bounds__(kThreads) void nf4_compress_kernel(
     std::uint8_t* __restrict__ codes,  // (ceil(n / 2)), lower nibble first
-    float* __restrict__ scales,        // (ceil(n / 64))
+    float* __restrict__ scales,        // (ceil(n / 64)); read where given, else written
     const T* __restrict__ x,           // (n)
     std::int64_t n, PhiloxStream stream) {
   constexpr Nf4Tables kTables;
@@ -43,10 +44,11 @@ __global__ __launch_bounds__(kThreads) void nf4_compress_kernel(
     }
     if (block >= blocks) continue;
     const float magnitude = std::bit_cast<float>(largest);
-    const float scale = largest >= 0x7F800000u       ? NAN
+    const float scale = Given                        ? scales[block]
+                        : largest >= 0x7F800000u     ? NAN
                         : magnitude < nf4::kSmallest ? 0.0F
                                                      : magnitude;
-    if (lane == 0) scales[block] = scale;
+    if (lane == 0 && !Given) scales[block] = scale;
     if (count == 0) continue;
     const auto noise = Stochastic ? philox(stream, static_cast<std::uint64_t>(at) / 8)
                                   : std::array<std::uint32_t, 4>{};
@@ -103,17 +105,17 @@ struct Nf4Source {
   }
 };
 
-/// `key` null: nearest.
-template <class T>
+/// `key` null: nearest. Given: `scales` are read.
+template <bool Given = false, class T>
 cudaError_t nf4_compress(std::uint8_t* codes, float* scales, const T* x, std::int64_t n,
                          const Key* key, cudaStream_t stream) {
   if (n == 0) return cudaSuccess;
   const unsigned blocks = blocks_for(n, kThreads * 8);
   if (key == nullptr)
-    return launch(nf4_compress_kernel<T, false>, blocks, kThreads, 0, stream, codes, scales, x, n,
-                  PhiloxStream{});
-  return launch(nf4_compress_kernel<T, true>, blocks, kThreads, 0, stream, codes, scales, x, n,
-                philox_stream(*key));
+    return launch(nf4_compress_kernel<T, false, Given>, blocks, kThreads, 0, stream, codes, scales,
+                  x, n, PhiloxStream{});
+  return launch(nf4_compress_kernel<T, true, Given>, blocks, kThreads, 0, stream, codes, scales, x,
+                n, philox_stream(*key));
 }
 template <class T>
 cudaError_t nf4_decompress(T* out, const std::uint8_t* codes, const float* scales, std::int64_t n,

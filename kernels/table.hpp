@@ -20,8 +20,12 @@ cudaError_t decompress_companded(FourfoldFormat, void* out, FourfoldDtype, const
 cudaError_t matmul_groups(FourfoldFormat, bool transposed, void* y, const void* x, FourfoldDtype,
                           const void* codes, const void* words, std::int64_t rows_x,
                           std::int64_t rows, std::int64_t columns, cudaStream_t);
-cudaError_t compress_nf4(void* codes, void* scales, const void* x, FourfoldDtype, std::int64_t n,
-                         const Key*, cudaStream_t);
+cudaError_t compress_nf4(bool given, void* codes, void* scales, const void* x, FourfoldDtype,
+                         std::int64_t n, const Key*, cudaStream_t);
+cudaError_t compress_nf4_scales(void* codes, void* steps, void* scales, std::int64_t blocks,
+                                bool up, cudaStream_t);
+cudaError_t decompress_nf4_scales(void* scales, const void* codes, const void* steps,
+                                  std::int64_t blocks, cudaStream_t);
 cudaError_t decompress_nf4(void* out, FourfoldDtype, const void* codes, const void* scales,
                            std::int64_t n, cudaStream_t);
 cudaError_t matmul_nf4(bool transposed, void* y, const void* x, FourfoldDtype, const void* codes,

@@ -10,10 +10,10 @@
 #include <fourfold/codec/group_int.hpp>
 #include <fourfold/codec/low_rank.hpp>
 #include <fourfold/codec/nf4.hpp>
+#include <fourfold/codec/packed_matmul.hpp>
 #include <fourfold/cuda/kernels.hpp>
 #include <fourfold/presets.hpp>
 #include <fourfold/weights/compress_weights.hpp>
-#include <fourfold/codec/packed_matmul.hpp>
 
 #include <cmath>
 #include <cstring>
@@ -80,7 +80,7 @@ at::Tensor values_for(std::int64_t n, at::ScalarType dtype) {
 template <class C>
 class GpuCodec : public OnGpu {};
 using Codecs = testing::Types<Int8, Int4, Int2, Int8Symmetric, Int4Symmetric, Nf4, Nf4Search,
-                              Companded<8, Softsign>, Companded<8, Sqrt>>;
+                              Nf4DoubleQuant, Companded<8, Softsign>, Companded<8, Sqrt>>;
 TYPED_TEST_SUITE(GpuCodec, Codecs);
 
 TYPED_TEST(GpuCodec, PacksAndUnpacksAsTheCpu) {
@@ -237,7 +237,7 @@ TEST_F(GpuFactors, MultiplyAsOnTheCpu) {
 
 template <class C>
 class GpuModule : public OnGpu {};
-using WeightCodecs = testing::Types<Int8, Int4, Int8Symmetric, Int4Symmetric, Nf4>;
+using WeightCodecs = testing::Types<Int8, Int4, Int8Symmetric, Int4Symmetric, Nf4, Nf4DoubleQuant>;
 TYPED_TEST_SUITE(GpuModule, WeightCodecs);
 
 TYPED_TEST(GpuModule, ForwardsWithPackedWeightsAsOnTheCpu) {

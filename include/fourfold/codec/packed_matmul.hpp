@@ -12,6 +12,7 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/matmul.h>
 #include <ATen/ops/zeros.h>
+#include <fourfold/codec/detail/nf4_tensors.hpp>
 #include <fourfold/codec/detail/packed_matmul_rows.hpp>
 #include <fourfold/codec/detail/packed_matmul_tiles.hpp>
 #include <fourfold/core/isa.hpp>
@@ -35,7 +36,8 @@ std::optional<FourfoldFormat> kernel_format(const Payload& weight) {
     return FourfoldFormat{.kind = 0, .bits = 8, .group = 128, .symmetric = 1};
   if (codec == "Int4Symmetric")
     return FourfoldFormat{.kind = 0, .bits = 4, .group = 64, .symmetric = 1};
-  if (codec == "Nf4") return FourfoldFormat{.kind = 1, .bits = 4, .group = 64, .symmetric = 0};
+  if (codec == "Nf4" || codec == "Nf4DoubleQuant")
+    return FourfoldFormat{.kind = 1, .bits = 4, .group = 64, .symmetric = 0};
   return std::nullopt;
 }
 
@@ -66,12 +68,16 @@ bool multiply_by_kernel(const at::Tensor& matrix, const Payload& weight, bool tr
   // A range of a larger payload has that one's buffers: its codes do not begin with the first byte.
   if (!format || weight.buffers()[0].numel() != ceil_div(sizes[0] * sizes[1] * format->bits, 8))
     return false;
+  const at::Tensor scales = format->kind == nf4::detail::kKernelFormat.kind
+                                ? nf4::detail::scales_by_kernel(weight.buffers())
+                                : weight.buffers()[1];
+  if (!scales.defined()) return false;
   return cuda::run_kernel(
       matrix, [&](const FourfoldKernels& kernels, FourfoldDtype dtype, void* stream) {
         return kernels.matmul(*format, /*transposed=*/!transposed, out.mutable_data_ptr(),
                               matrix.const_data_ptr(), dtype, weight.buffers()[0].const_data_ptr(),
-                              weight.buffers()[1].const_data_ptr(), matrix.size(0),
-                              weight.sizes()[0], weight.sizes()[1], stream);
+                              scales.const_data_ptr(), matrix.size(0), weight.sizes()[0],
+                              weight.sizes()[1], stream);
       });
 }
 

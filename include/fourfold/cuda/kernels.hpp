@@ -12,7 +12,7 @@ extern "C" {
 enum FourfoldDtype : std::int32_t { kFourfoldFloat = 0, kFourfoldBf16 = 1, kFourfoldHalf = 2 };
 
 /// Of a packed tensor. `kind` 0: integer groups (bits, group, symmetric); 1: NormalFloat of 4 bits
-/// (group); 2: companded by softsign; 3: companded by square root.
+/// (group); 2: companded by softsign; 3: companded by square root; 4: 1 with scales that are given.
 struct FourfoldFormat {
   std::int32_t kind, bits, group, symmetric;
 };
@@ -45,6 +45,12 @@ struct FourfoldKernels {
                        const void* x, std::int64_t n, void* stream);
   int (*decompress_mask)(std::int32_t width, void* out, const void* bits, const void* other,
                          std::int64_t n, void* stream);
+  /// NormalFloat's fp32 scales (blocks) in 8 bits, with one fp32 step for 256 of them; up: none
+  /// becomes smaller. `scales` become what the codes say.
+  int (*compress_scales)(void* codes, void* steps, void* scales, std::int64_t blocks, bool up,
+                         void* stream);
+  int (*decompress_scales)(void* scales, const void* codes, const void* steps, std::int64_t blocks,
+                           void* stream);
 };
 
 [[gnu::weak]] const FourfoldKernels* fourfold_cuda_kernels();
@@ -53,7 +59,7 @@ struct FourfoldKernels {
 
 namespace fourfold::cuda {
 
-inline constexpr std::int32_t kKernelsVersion = 2;
+inline constexpr std::int32_t kKernelsVersion = 3;
 
 /// The linked kernels, or null: without fourfold::cuda, or with another version of it.
 inline const FourfoldKernels* kernels() {

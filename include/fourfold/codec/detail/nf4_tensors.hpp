@@ -106,12 +106,52 @@ bool compress_unit(Nf4Format f, const T* values, std::int64_t n, std::int64_t un
   return finite;
 }
 
-/// What kernels/ has of NF4: its usual layout. The scale search alone is for the CPU.
-constexpr bool has_kernel(Nf4Format f) { return f.block == 64 && !f.double_quant; }
+/// What kernels/ has of NF4: its usual block. The scale search alone is for the CPU.
+constexpr bool has_kernel(Nf4Format f) { return f.block == 64; }
 constexpr bool has_kernel_to_compress(Nf4Format f, bool stochastic) {
   return has_kernel(f) && (!f.search || stochastic);
 }
 inline constexpr FourfoldFormat kKernelFormat{.kind = 1, .bits = 4, .group = 64, .symmetric = 0};
+inline constexpr FourfoldFormat kKernelGiven{.kind = 4, .bits = 4, .group = 64, .symmetric = 0};
+
+/// {codes, scales} as compress_by_kernel gives them become {codes, scale codes, steps}.
+template <class = void>
+std::optional<std::vector<at::Tensor>> quantise_scales_by_kernel(std::vector<at::Tensor> packed,
+                                                                 const at::Tensor& values,
+                                                                 const std::optional<Key>& key) {
+  const at::Tensor codes = packed[0], scales = packed[1];
+  const std::int64_t blocks = scales.numel();
+  const at::Tensor scale_codes = at::empty({blocks}, codes.options());
+  const at::Tensor steps =
+      at::empty({(blocks + kScalesPerGroup - 1) / kScalesPerGroup}, scales.options());
+  const at::Tensor dense = values.scalar_type() == at::kDouble ? values.to(at::kFloat) : values;
+  const auto named = cuda::kernel_key(key);
+  if (!cuda::run_kernel(dense, [&](const FourfoldKernels& kernels, FourfoldDtype dtype, void* s) {
+        const int error =
+            kernels.compress_scales(scale_codes.mutable_data_ptr(), steps.mutable_data_ptr(),
+                                    scales.mutable_data_ptr(), blocks,
+                                    /*up=*/key.has_value(), s);
+        return error != 0 ? error
+                          : kernels.compress(kKernelGiven, codes.mutable_data_ptr(),
+                                             scales.mutable_data_ptr(), dense.const_data_ptr(),
+                                             dtype, dense.numel(), named ? &*named : nullptr, s);
+      }))
+    return std::nullopt;
+  return std::vector<at::Tensor>{codes, scale_codes, steps};
+}
+
+/// fp32 scales (blocks) of buffers on a GPU; null where there is no kernel.
+template <class = void>
+at::Tensor scales_by_kernel(const std::vector<at::Tensor>& buffers) {
+  if (buffers.size() == 2) return buffers[1];
+  const at::Tensor scales = at::empty(buffers[1].sizes(), buffers[2].options());
+  const bool made =
+      cuda::run_kernel(scales.device(), [&](const FourfoldKernels& kernels, void* stream) {
+        return kernels.decompress_scales(scales.mutable_data_ptr(), buffers[1].const_data_ptr(),
+                                         buffers[2].const_data_ptr(), scales.numel(), stream);
+      });
+  return made ? scales : at::Tensor();
+}
 
 template <class = void>
 std::vector<at::Tensor> compress(Nf4Format f, const at::Tensor& values,
@@ -124,8 +164,9 @@ std::vector<at::Tensor> compress(Nf4Format f, const at::Tensor& values,
     const std::int64_t n = given.numel();
     auto made = fourfold::detail::compress_by_kernel(kKernelFormat, given, {(n + 1) / 2, at::kByte},
                                                      {blocks_of(f, n), at::kFloat}, key);
+    if (made && f.double_quant) made = quantise_scales_by_kernel(*std::move(made), given, key);
     // What nearest rounding refuses is named below.
-    if (made && (key || !fourfold::detail::any_nan((*made)[1]))) return *std::move(made);
+    if (made && (key || !fourfold::detail::any_nan(made->back()))) return *std::move(made);
   }
   return visit_float(values.scalar_type(), name, [&]<class T>(std::type_identity<T>) {
     const at::Tensor dense = fourfold::detail::by_way_of_cpu(given, name, has_one);
@@ -179,10 +220,11 @@ void decode(Nf4Format f, const std::vector<at::Tensor>& buffers, std::int64_t n,
 template <class = void>
 at::Tensor decompress(Nf4Format f, const std::vector<at::Tensor>& buffers, at::IntArrayRef sizes,
                       at::ScalarType dtype) {
-  if (has_kernel(f))
-    if (auto out = fourfold::detail::decompress_by_kernel(kKernelFormat, buffers[0], buffers[1],
-                                                          sizes, dtype))
-      return *std::move(out);
+  if (has_kernel(f) && buffers[0].is_cuda())
+    if (const at::Tensor scales = scales_by_kernel(buffers); scales.defined())
+      if (auto out = fourfold::detail::decompress_by_kernel(kKernelFormat, buffers[0], scales,
+                                                            sizes, dtype))
+        return *std::move(out);
   const at::Device device = buffers[0].device();
   std::vector<at::Tensor> here;
   for (const at::Tensor& buffer : buffers)
