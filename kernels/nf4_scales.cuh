@@ -8,7 +8,7 @@
 
 namespace fourfold::cuda {
 
-__global__ __launch_bounds__(kThreads) inline void nf4_compress_scales_kernel(
+static __global__ __launch_bounds__(kThreads) void nf4_compress_scales_kernel(
     std::uint8_t* __restrict__ codes,  // (blocks)
     float* __restrict__ steps,         // (ceil(blocks / 256))
     float* __restrict__ scales,        // (blocks); in: as found, out: as the codes say
@@ -37,7 +37,7 @@ __global__ __launch_bounds__(kThreads) inline void nf4_compress_scales_kernel(
   }
 }
 
-__global__ __launch_bounds__(kThreads) inline void nf4_decompress_scales_kernel(
+static __global__ __launch_bounds__(kThreads) void nf4_decompress_scales_kernel(
     float* __restrict__ scales,              // (blocks)
     const std::uint8_t* __restrict__ codes,  // (blocks)
     const float* __restrict__ steps,         // (ceil(blocks / 256))
