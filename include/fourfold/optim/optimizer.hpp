@@ -193,6 +193,7 @@ void Optimizer<R, M, V, W>::check(const at::Tensor& p, const GroupPlace& at) {
   if (!p.requires_grad() || !p.grad().defined()) return;
   const std::int64_t index = index_of(at);
   detail::check_gradient(R::name(), p, p.grad(), index);
+  detail::Master<W>::check(p, R::name(), index);
   const State* state = find(p);
   if (state == nullptr) return;
   TORCH_CHECK(p.sizes() == state->sizes, R::name(), ": parameter ", index, " is ", p.sizes(),

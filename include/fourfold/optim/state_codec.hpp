@@ -4,6 +4,7 @@
 #include <fourfold/codec/companded.hpp>
 #include <fourfold/codec/group_int.hpp>
 #include <fourfold/core/codec.hpp>
+#include <fourfold/optim/master_codec.hpp>  // Fp32
 #include <fourfold/optim/state_codes.hpp>
 
 #include <c10/util/Exception.h>
@@ -14,11 +15,6 @@
 
 namespace fourfold::inline v0 {
 namespace optim {
-
-/// Not packed: 4 bytes a value, as torch::optim keeps them.
-struct Fp32 {
-  static std::string name() { return "Fp32"; }
-};
 
 /// A codec that an optimizer can rewrite tile by tile: `kTile` values are coded together, so that
 /// [begin, end) may be coded alone if begin is a multiple of kTile, and end too or the last.

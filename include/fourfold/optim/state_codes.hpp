@@ -16,7 +16,7 @@
 #include <fourfold/codec/detail/random16.hpp>
 #include <fourfold/codec/detail/tile_io.hpp>
 #include <fourfold/core/codec.hpp>
-#include <fourfold/optim/detail/vectorised.hpp>
+#include <fourfold/optim/detail/master_loops.hpp>
 
 #include <array>
 #include <optional>
@@ -65,18 +65,6 @@ inline float from_bfloat16(std::uint16_t bits) {
   return std::bit_cast<float>(std::uint32_t{bits} << 16);
 }
 
-/// fp32 to bf16 by the 16 random bits of each value, or to nearest where `random` is null.
-struct RoundToBFloat16 {
-  FOURFOLD_LOOP static void run(std::uint16_t* __restrict out, const float* __restrict x,
-                                const std::uint16_t* __restrict random, std::int64_t n) {
-    for_each_value(n, [&](std::int64_t i) FOURFOLD_LOOP_BODY {
-      const auto bits = std::bit_cast<std::uint32_t>(x[i]);
-      const std::uint32_t up = (bits + random[i]) >> 16;
-      out[i] = static_cast<std::uint16_t>((bits & 0x7FFFFFFFu) > 0x7F800000u ? 0x7FC0u : up);
-    });
-  }
-};
-
 }  // namespace detail
 
 struct BFloat16 {
@@ -92,14 +80,11 @@ struct BFloat16 {
     auto* to = packed.buffers[0].mutable_data_ptr<c10::BFloat16>();
     if (!key) return detail::run_vectorised<detail::Narrow>(isa, to + begin, from, end - begin);
     const PhiloxStream stream = philox_stream(*key);
-    std::uint16_t random[kTile], rounded[kTile];
+    std::uint16_t random[kTile];
     for (std::int64_t at = begin; at < end; at += kTile, from += kTile) {
-      const std::int64_t n = std::min(kTile, end - at);
       fourfold::detail::random16(stream, at / kTile, random, isa);
-      detail::run_vectorised<detail::RoundToBFloat16>(isa, static_cast<std::uint16_t*>(rounded),
-                                                      from,
-                                                      static_cast<const std::uint16_t*>(random), n);
-      for (std::int64_t i = 0; i < n; ++i) to[at + i].x = rounded[i];
+      detail::run_vectorised<detail::RoundByRandom>(
+          isa, to + at, from, static_cast<const std::uint16_t*>(random), std::min(kTile, end - at));
     }
   }
   void decode(const Packed& packed, std::int64_t begin, std::int64_t end, float* out,
