@@ -6,7 +6,16 @@
 
 namespace fourfold::inline v0 {
 
-enum class Role { kWeights, kActivations, kRecompute, kBlocks, kOptimizerStates };
+enum class Role {
+  kWeights,
+  kActivations,
+  kRecompute,
+  kBlocks,
+  kOptimizerStates,
+  kGradients,
+  kRelease,
+  kPrecision,
+};
 
 constexpr std::string_view name(Role role) {
   switch (role) {
@@ -15,6 +24,9 @@ constexpr std::string_view name(Role role) {
     case Role::kRecompute: return "Recompute";
     case Role::kBlocks: return "Blocks";
     case Role::kOptimizerStates: return "OptimizerStates";
+    case Role::kGradients: return "Gradients";
+    case Role::kRelease: return "Release";
+    case Role::kPrecision: return "Precision";
   }
   return "?";
 }
