@@ -3,7 +3,9 @@
 /// How bench/quality trains: one line a setting, the first one being what the others are held
 /// against. To add one, give its name, its limit, and who makes its trainer.
 #include <fourfold/fourfold.hpp>
+#include <fourfold/gradients/quantised.hpp>
 #include <fourfold/gradients/release.hpp>
+#include <fourfold/precision.hpp>
 
 #include <torch/nn/module.h>
 
@@ -102,6 +104,15 @@ inline std::span<const Setting> settings() {
       {"adamw8", "8-bit moments", 0.1, make<Training<OptimizerStates<Int8>>>},
       {"balanced", "the preset Balanced", 0.5, make<PipelineTrainer<Balanced>>},
       {"smallest", "the preset Smallest", 0.5, make<PipelineTrainer<Smallest>>},
+      {"bf16", "forward in bf16, by autocast", {}, make<Training<Precision<BFloat16>>>},
+      {"bf16_adamw8",
+       "forward in bf16, 8-bit moments",
+       {},
+       make<Training<Precision<BFloat16>, OptimizerStates<Int8>>>},
+      {"bf16_balanced", "Balanced, forward in bf16", 0.5,
+       make<Training<Precision<BFloat16>, Activations<Int4>, Recompute<CheapOps>,
+                     OptimizerStates<Int8>>>},
+      {"gradients4", "gradients passed through 4 bits", {}, make<Training<Gradients<Int4>>>},
       {"release8", "8-bit moments, gradients released", 0.1,
        make<ReleasedTrainer<CompressionPipeline<>>>},
   };

@@ -19,7 +19,11 @@
 ///   Recompute<Operators>      activations/recompute.hpp    cheap operators computed again
 ///   Blocks<Every>             activations/blocks.hpp       whole blocks computed again
 ///   OptimizerStates<Codec>    optim/optimizer_states.hpp   AdamW's moments packed
+/// and, by includes of their own,
 ///   Budget<>                  plan/budget.hpp              which of it is done, within a budget
+///   Precision<BFloat16>       precision.hpp                forward under autocast
+///   Gradients<Codec>          gradients/quantised.hpp      gradients passed through few bits
+///   Release                   gradients/release.hpp        parameters step in backward
 ///
 /// A model is a module, a ModuleHolder, a Sequential or a pointer to one. The pipeline holds its
 /// parameters and not the module, and may outlive it. Errors leave the model as it was.
@@ -88,6 +92,8 @@ struct BasicPipelineState {
   std::int64_t blocks_met = 0;
   bool left = false;  ///< a scope was left, so blocks_met tells something
   std::int64_t scopes = 0;
+  std::shared_ptr<void> gradients;                 ///< what a policy does to them
+  std::shared_ptr<void> (*precision)() = nullptr;  ///< entered with each scope
 };
 using PipelineState = BasicPipelineState<>;
 
@@ -101,6 +107,7 @@ class [[nodiscard]] BasicPipelineScope {
   explicit BasicPipelineScope(std::shared_ptr<detail::PipelineState> state)
       : state_(std::move(state)), saved_(state_->store), operators_(state_->store->activate()) {
     if (state_->block_every > 0) blocks_.emplace(state_->block_every);
+    if (state_->precision != nullptr) precision_ = state_->precision();
     ++state_->scopes;
   }
   ~BasicPipelineScope() {
@@ -115,6 +122,7 @@ class [[nodiscard]] BasicPipelineScope {
   door::SavedTensorsScope saved_;
   std::shared_ptr<void> operators_;
   std::optional<BlocksScope> blocks_;
+  std::shared_ptr<void> precision_;
 };
 using PipelineScope = BasicPipelineScope<>;
 
@@ -165,8 +173,10 @@ class CompressionPipeline {
   [[nodiscard]] std::shared_ptr<::torch::optim::Optimizer> optimizer(
       ::torch::optim::AdamWOptions options = {}) const {
     if constexpr (kHas<Role::kOptimizerStates>)
-      return std::make_shared<typename PolicyOf<Role::kOptimizerStates>::Optimizer>(parameters(),
-                                                                                    options);
+      return released(std::make_shared<typename PolicyOf<Role::kOptimizerStates>::Optimizer>(
+          parameters(), options));
+    else if constexpr (kHas<Role::kRelease>)
+      return released(std::make_shared<optim::AdamWOf<optim::Fp32>>(parameters(), options));
     else
       return std::make_shared<optim::PlainAdamW>(parameters(), options);
   }
@@ -229,6 +239,12 @@ class CompressionPipeline {
   }
 
  private:
+  template <class Optimizer>
+  static std::shared_ptr<::torch::optim::Optimizer> released(std::shared_ptr<Optimizer> optimizer) {
+    if constexpr (kHas<Role::kRelease>) return PolicyOf<Role::kRelease>::release(optimizer);
+    return optimizer;
+  }
+
   [[nodiscard]] SavedPlan& budgeted() const {
     TORCH_CHECK(state_->store->plan() != nullptr,
                 "CompressionPipeline: it was made without a budget, so there is no plan; make it "
@@ -267,6 +283,12 @@ class CompressionPipeline {
       weights.push_back(buffer);
     state_->meter.adopt(weights, Place::kWeights);
     state_->gradient_tags = door::retag_gradients(state_->trainable);
+    if constexpr (kHas<Role::kGradients>)
+      state_->gradients = PolicyOf<Role::kGradients>::attach(state_->trainable);
+    if constexpr (kHas<Role::kPrecision>) {
+      const at::Device device = state_->parameters.front().second.device();
+      state_->precision = PolicyOf<Role::kPrecision>::on(device.type());
+    }
 
     if (std::any_of(state_->parameters.begin(), state_->parameters.end(),
                     [](const auto& one) { return door::is_packed(one.second); }))

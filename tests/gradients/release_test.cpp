@@ -117,6 +117,33 @@ TEST(GradientRelease, IsTheSameUnderCompressedAndRecomputedActivations) {
   expect_equal_under<Smallest>();
 }
 
+/// The policy, with packed states and with plain ones.
+template <class Pipeline, class Optimizer>
+void expect_policy_releases() {
+  const Net plain = net(), released = net();
+  Optimizer reference(fourfold::CompressionPipeline<>(plain).parameters(), AdamWOptions(1e-2));
+  auto optimizer = [&] {
+    Pipeline pipeline(released);
+    return pipeline.optimizer(AdamWOptions(1e-2));
+  }();
+  for (int step = 0; step < 3; ++step) {
+    plain->zero_grad();
+    plain->loss(step).backward();
+    reference.step();
+    released->loss(step).backward();
+  }
+  expect_equal(plain, released);
+  EXPECT_THAT(message_of([&] { optimizer->step(); }), HasSubstr("leave step() out"));
+  optimizer.reset();
+  for (const auto& p : released->parameters())
+    if (p.requires_grad()) EXPECT_EQ(torch::autograd::impl::post_acc_grad_hooks(p), nullptr);
+}
+TEST(GradientRelease, IsAPolicyOfAPipeline) {
+  using namespace fourfold;
+  expect_policy_releases<CompressionPipeline<Release, OptimizerStates<Int8>>, AdamW<Int8>>();
+  expect_policy_releases<CompressionPipeline<Release>, AdamW<Fp32>>();
+}
+
 TEST(GradientRelease, GradientsDoNotExistAtOnce) {
   fourfold::Meter meter;
   torch::nn::Sequential model;

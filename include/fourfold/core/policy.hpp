@@ -6,7 +6,17 @@
 
 namespace fourfold::inline v0 {
 
-enum class Role { kWeights, kActivations, kRecompute, kBlocks, kOptimizerStates, kBudget };
+enum class Role {
+  kWeights,
+  kActivations,
+  kRecompute,
+  kBlocks,
+  kOptimizerStates,
+  kGradients,
+  kRelease,
+  kPrecision,
+  kBudget,
+};
 
 constexpr std::string_view name(Role role) {
   switch (role) {
@@ -16,6 +26,9 @@ constexpr std::string_view name(Role role) {
     case Role::kBlocks: return "Blocks";
     case Role::kOptimizerStates: return "OptimizerStates";
     case Role::kBudget: return "Budget";
+    case Role::kGradients: return "Gradients";
+    case Role::kRelease: return "Release";
+    case Role::kPrecision: return "Precision";
   }
   return "?";
 }

@@ -15,6 +15,8 @@
 ///   release.backward(loss);                                    // in place of loss.backward()
 ///   GradientRelease<Int4> saving(optimizer, {.micro_batches = 8});   // sums in 4-bit buffers
 ///
+/// In a pipeline by the policy Release: pipeline.optimizer() is stepped in backward.
+///
 /// What a program must know:
 /// - A pass changes weights, as step() does: a second backward through the same graph, or one with
 ///   create_graph, is an error (LibTorch's, and ours). torch::autograd::grad() steps nothing.
@@ -29,6 +31,7 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/full.h>
 #include <fourfold/core/parameter_stepper.hpp>
+#include <fourfold/core/policy.hpp>
 #include <fourfold/gradients/clip_grad_norm.hpp>
 #include <fourfold/gradients/grad_scaler.hpp>
 #include <fourfold/gradients/gradient_buffer.hpp>
@@ -331,5 +334,24 @@ void GradientRelease<Code>::State::backward(const std::shared_ptr<State>& self,
   pass = Pass::kSteps;
   loss.backward();
 }
+
+/// The policy: what pipeline.optimizer() gives is released. For one that clips or accumulates, have
+/// an optimizer over pipeline.parameters() and a GradientRelease of your own.
+struct Release {
+  static constexpr Role role = Role::kRelease;
+
+  template <class Optimizer>
+  static std::shared_ptr<::torch::optim::Optimizer> release(std::shared_ptr<Optimizer> optimizer) {
+    struct Both {
+      std::shared_ptr<Optimizer> optimizer;
+      GradientRelease<> release;
+    };
+    GradientRelease<> released(*optimizer);
+    auto* const stepped = optimizer.get();
+    auto both = std::make_shared<Both>(Both{std::move(optimizer), std::move(released)});
+    return {std::move(both), stepped};
+  }
+};
+static_assert(Policy<Release>, "Release must stay a Policy");
 
 }  // namespace fourfold::inline v0

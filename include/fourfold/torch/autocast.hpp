@@ -16,6 +16,9 @@ TORCH_API c10::ScalarType get_autocast_dtype(c10::DeviceType device_type);
 TORCH_API void set_autocast_dtype(c10::DeviceType device_type, c10::ScalarType dtype);
 TORCH_API bool is_autocast_cache_enabled();
 TORCH_API void set_autocast_cache_enabled(bool enabled);
+TORCH_API void clear_cache();
+TORCH_API int increment_nesting();
+TORCH_API int decrement_nesting();
 }  // namespace at::autocast
 
 namespace fourfold::door {
