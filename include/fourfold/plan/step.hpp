@@ -74,7 +74,9 @@ class Step final : public StoredWatch {
     const std::lock_guard lock(mutex_);
     event();
     watch_.follow(storage.values->storage());
-    return recorder_->saving(id, storage);
+    const std::uint32_t item = recorder_->saving(id, storage);
+    pending_ = std::max(pending_, counters_.read(watch_).peak);  // samples are no step's need
+    return item;
   }
   void held(std::uint32_t item, StoredAs kind, std::int64_t bytes, std::int64_t values) override {
     const std::lock_guard lock(mutex_);
@@ -93,9 +95,9 @@ class Step final : public StoredWatch {
   void decoded(std::uint32_t item, const c10::Storage& dense) noexcept override {
     const std::lock_guard lock(mutex_);
     if (!recorder_) return;
+    event();  // first: a block that has gone may have come again as this one
     watch_.follow(dense);
     recorder_->decoded(item, dense);
-    event();
   }
   void released(std::uint32_t item) noexcept override {
     const std::lock_guard lock(mutex_);
