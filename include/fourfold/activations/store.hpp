@@ -147,9 +147,9 @@ struct ActivationStore::Active {
       : store(std::move(of)), tape(take()) {
     tape->begin(forward);
     const bool in_backward = torch::autograd::get_current_graph_task_id() != -1;
+    scope.emplace(*tape, in_backward);
     planned = store->options_.plan != nullptr && !in_backward;
     if (planned) store->options_.plan->forward_began(forward);
-    scope.emplace(*tape, in_backward);
   }
   ~Active() {
     scope.reset();
