@@ -10,7 +10,8 @@
 
 namespace fourfold::inline v0::detail {
 
-struct OperatorTraits {
+template <class = void>
+struct BasicOperatorTraits {
   std::string_view name;  ///< "aten::gelu"
   std::size_t arguments = 0, results = 0;
   std::vector<std::size_t> written;  ///< arguments that it writes to, by its schema
@@ -25,8 +26,9 @@ struct OperatorTraits {
   bool reads_nonzero = false;        ///< backward asks of what it saved whether it is 0: relu
   bool reads_positive = false;       ///< ... whether it is positive: leaky_relu
 
-  OperatorTraits() = default;
-  OperatorTraits(const c10::OperatorHandle& op, const std::vector<std::string_view>& cheap_names) {
+  BasicOperatorTraits() = default;
+  BasicOperatorTraits(const c10::OperatorHandle& op,
+                      const std::vector<std::string_view>& cheap_names) {
     const c10::FunctionSchema& schema = op.schema();
     name = schema.name();
     arguments = schema.arguments().size(), results = schema.returns().size();
@@ -65,5 +67,6 @@ struct OperatorTraits {
     return false;
   }
 };
+using OperatorTraits = BasicOperatorTraits<>;
 
 }  // namespace fourfold::inline v0::detail

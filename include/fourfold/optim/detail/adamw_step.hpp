@@ -20,12 +20,14 @@ namespace fourfold::inline v0 {
 namespace optim::detail {
 
 /// Whether a step reads and writes `p` where it lies.
-inline bool stepped_in_place(const at::Tensor& p) {
+template <class = void>
+bool stepped_in_place(const at::Tensor& p) {
   return p.is_cpu() && p.is_non_overlapping_and_dense();
 }
 
 /// The order in which p's moments lie: p's own in memory, or row-major where a step copies p.
-inline std::vector<std::int64_t> moment_strides(const at::Tensor& p) {
+template <class = void>
+std::vector<std::int64_t> moment_strides(const at::Tensor& p) {
   if (stepped_in_place(p)) return p.strides().vec();
   const auto strides = c10::contiguous_strides(p.sizes());
   return {strides.begin(), strides.end()};
@@ -50,7 +52,8 @@ struct AdamWState final
 
 /// Whether element i of one lies in memory where element i of the other does: equal strides, those
 /// of dimensions of size 1 aside.
-inline bool same_order(at::IntArrayRef sizes, at::IntArrayRef a, at::IntArrayRef b) {
+template <class = void>
+bool same_order(at::IntArrayRef sizes, at::IntArrayRef a, at::IntArrayRef b) {
   if (a.size() != sizes.size() || b.size() != sizes.size()) return false;
   for (std::size_t i = 0; i < sizes.size(); ++i)
     if (sizes[i] != 1 && a[i] != b[i]) return false;
@@ -58,7 +61,8 @@ inline bool same_order(at::IntArrayRef sizes, at::IntArrayRef a, at::IntArrayRef
 }
 
 /// Throws unless `grad` is one that AdamW can step `p` with.
-inline void check_gradient(const at::Tensor& p, const at::Tensor& grad, std::int64_t index) {
+template <class = void>
+void check_gradient(const at::Tensor& p, const at::Tensor& grad, std::int64_t index) {
   TORCH_CHECK(grad.layout() == at::kStrided,
               "AdamW does not support sparse gradients, and that of parameter ", index, " is ",
               grad.layout(), "; build its Embedding with sparse(false)");
