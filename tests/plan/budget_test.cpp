@@ -64,15 +64,23 @@ Case convolutions() {
           [=]() mutable { return torch::cross_entropy_loss(net->forward(x), target); }};
 }
 Case encoder() {
-  auto net = nn::TransformerEncoder(
-      nn::TransformerEncoderOptions(nn::TransformerEncoderLayerOptions(64, 4)
-                                        .dim_feedforward(256)
-                                        .dropout(0.1)
-                                        .activation(torch::kGELU),
-                                    3));
+  auto net = nn::TransformerEncoder(nn::TransformerEncoderOptions(
+      nn::TransformerEncoderLayerOptions(64, 4).dim_feedforward(256).dropout(0.1).activation(
+          torch::kGELU),
+      3));
   auto x = torch::randn({64, 8, 64});
   return {"TransformerEncoder", net.ptr(),
           [=]() mutable { return net->forward(x).square().mean(); }};
+}
+
+template <class Fn>
+std::string words_of(Fn&& fn) {
+  try {
+    fn();
+  } catch (const std::exception& error) {
+    return error.what();
+  }
+  return "no error";
 }
 
 std::vector<std::function<Case()>> models() {
@@ -140,6 +148,333 @@ TEST(Budget, IsObeyedFromTheLeastToPlain) {
 }
 TEST(Budget, IsObeyedByExactChoicesToo) {
   for (const auto& make : models()) expect_budgets_obeyed<ExactPlanned>(make);
+}
+
+TEST(Budget, IsObeyedWithAnOptimizerAndAccumulatedGradients) {
+  const Case model = seeded(encoder);
+  Planned pipeline(*model.module, {.budget = kNoLimit});
+  const auto optimizer = pipeline.optimizer(torch::optim::AdamWOptions(1e-3));
+  const Meter meter;
+  const auto train = [&](std::int64_t budget, bool refused_is_wrong) {
+    std::int64_t peak = 0;
+    optimizer->zero_grad();
+    for (int micro = 0; micro < 3; ++micro) {  // the second and third add to gradients
+      meter.restart_peak();
+      pipeline.forward(model.loss).backward();
+      peak = std::max(peak, meter.bytes().peak);
+      const auto last = pipeline.plan().last;
+      if (last.predicted > 0)
+        EXPECT_NEAR(static_cast<double>(last.predicted), last.peak, 0.03 * last.peak) << micro;
+    }
+    optimizer->step();
+    EXPECT_LE(peak, budget);
+    static_cast<void>(refused_is_wrong);
+    return pipeline.plan().least;
+  };
+  train(kNoLimit, false);
+  std::int64_t least = 0;
+  for (int i = 0; i < 2; ++i) least = std::max(least, train(kNoLimit, false));
+  pipeline.set_budget(least + least / 20);
+  for (int i = 0; i < 4; ++i) train(least + least / 20, true);
+}
+
+TEST(Budget, ExactChoicesAreBitEqualOverTwentySteps) {
+  for (const auto& make : models()) {
+    const auto losses = [&](auto pipeline_of, auto each) {
+      const Case model = seeded(make);
+      auto pipeline = pipeline_of(*model.module);
+      const auto optimizer = pipeline.optimizer(torch::optim::AdamWOptions(1e-3));
+      std::vector<float> out;
+      for (int i = 0; i < 20; ++i) {
+        optimizer->zero_grad();
+        auto loss = pipeline.forward(model.loss);
+        loss.backward();
+        optimizer->step();
+        out.push_back(loss.template item<float>());
+        each(pipeline, i);
+      }
+      return out;
+    };
+    const auto plain = losses([](nn::Module& module) { return Plain(module); }, [](auto&, int) {});
+    const auto planned = losses(
+        [](nn::Module& module) { return ExactPlanned(module, {.budget = kNoLimit}); },
+        [](ExactPlanned& pipeline, int i) {
+          if (i % 5 != 1) return;
+          const auto plan = pipeline.plan();  // another budget, in between
+          pipeline.set_budget(plan.least + (plan.last.peak - plan.least) * i / 20 + (1 << 19));
+        });
+    EXPECT_EQ(plain, planned) << seeded(make).name;
+  }
+}
+
+TEST(Budget, ErrorsSayWhatCameAndWhatIsWanted) {
+  const Case model = seeded(mlp);
+  const auto made = [&](PlanOptions options) {
+    return message_of([&] { Planned(*model.module, options); });
+  };
+  EXPECT_THAT(made({.budget = 0}), HasSubstr("got a budget of 0 bytes; give the most bytes"));
+  EXPECT_THAT(made({.budget = -5_MiB}), HasSubstr("got a budget of -5242880 bytes; give"));
+  EXPECT_THAT(made({.budget = std::int64_t{1} << 60}),
+              HasSubstr("got a budget of 1152921504606846976 bytes, and the device has"));
+  EXPECT_THAT(made({.budget = 64_MiB, .device_bytes = 32_MiB}),
+              HasSubstr("and the device has 33554432; give what it can hold"));
+  EXPECT_THAT(made({.budget = 4_KiB}), HasSubstr("the model's trainable parameters alone are"));
+  EXPECT_THAT(made({.budget = 64_MiB, .most_variance = -1}), HasSubstr("most_variance is -1"));
+  EXPECT_THAT(made({.budget = 64_MiB, .high_water = 0.5, .low_water = 0.6}),
+              HasSubstr("low_water is 0.6 and high_water 0.5"));
+  Planned none(*model.module);
+  EXPECT_THAT(message_of([&] { static_cast<void>(none.plan()); }),
+              HasSubstr("made without a budget, so there is no plan"));
+  Planned pipeline(*model.module, {.budget = 64_MiB});
+  EXPECT_THAT(message_of([&] { pipeline.set_budget(-1); }), HasSubstr("got a budget of -1 bytes"));
+}
+
+TEST(Budget, BelowTheLeastIsRefusedAndTheLeastIsNamed) {
+  const Case model = seeded(encoder);
+  Planned pipeline(*model.module, {.budget = kNoLimit});
+  step(pipeline, model);
+  step(pipeline, model);
+  const std::int64_t least = pipeline.plan().least;
+  pipeline.set_budget(least - 1000);
+  const std::string refused = message_of([&] { step(pipeline, model); });
+  EXPECT_THAT(refused, HasSubstr("cannot be met: a step of this model needs at least " +
+                                 std::to_string(least) + " bytes"));
+  const std::int64_t held = Meter().bytes().current;
+  // What it names is enough, and nothing is left of the forward that was refused.
+  pipeline.set_budget(least);
+  for (int i = 0; i < 4; ++i) EXPECT_LE(step(pipeline, model), i == 0 ? least + least / 20 : least);
+  EXPECT_LE(Meter().bytes().current, held + (1 << 20));
+}
+
+TEST(Budget, FormsOfAStepThatChangeAreRecordedAndRemembered) {
+  auto net = nn::Sequential(nn::Linear(64, 256), nn::GELU(), nn::Linear(256, 256), nn::GELU(),
+                            nn::Linear(256, 8));
+  Planned pipeline(net, {.budget = kNoLimit});
+  const auto run = [&](std::int64_t rows) {
+    const Meter meter;
+    for (const at::Tensor& parameter : pipeline.parameters())
+      parameter.mutable_grad() = at::Tensor();
+    const auto x = torch::randn({rows, 64});
+    meter.restart_peak();
+    pipeline.forward([&] { return net->forward(x).square().mean(); }).backward();
+    return std::pair(meter.bytes().peak, pipeline.plan());
+  };
+  std::int64_t largest = 0;
+  for (std::int64_t rows = 64; rows <= 1024; rows += 64) {  // each step another one
+    const auto [peak, plan] = run(rows);
+    EXPECT_EQ(plan.last.predicted, 0) << rows;
+    largest = std::max(largest, plan.least);
+  }
+  pipeline.set_budget(largest + (1 << 17));
+  for (std::int64_t rows = 1024; rows >= 64; rows -= 192) {  // all of them known
+    const auto [peak, plan] = run(rows);
+    EXPECT_GT(plan.last.predicted, 0) << rows;
+    EXPECT_LE(peak, plan.budget);
+  }
+  EXPECT_EQ(run(1000).second.last.predicted, 0);
+  EXPECT_GT(run(1000).second.last.predicted, 0);
+}
+
+/// The first `same` operators alike, then another width: the plan's prefix fits.
+TEST(Budget, AStepThatTurnsIntoAnotherOneRunsAndIsRecordedNext) {
+  torch::manual_seed(0);
+  nn::Linear first(128, 512), wide(512, 1024), narrow(512, 64);
+  auto both = nn::Sequential(first, wide, narrow);  // their parameters; it is never run
+  Planned pipeline(both, {.budget = kNoLimit});
+  const auto x = torch::randn({256, 128});
+  const auto run = [&](bool is_wide) {
+    auto loss = pipeline.forward([&] {
+      const auto h = torch::gelu(first(torch::gelu(x * 1)));
+      return torch::gelu(is_wide ? wide(h) : narrow(h)).square().mean();
+    });
+    loss.backward();
+    return pipeline.plan().last;
+  };
+  EXPECT_EQ(run(true).predicted, 0);
+  EXPECT_GT(run(true).predicted, 0);
+  run(false);                          // finds out in its middle
+  EXPECT_EQ(run(false).predicted, 0);  // recorded
+  EXPECT_GT(run(false).predicted, 0);
+  EXPECT_GT(run(true).predicted, 0);  // both are known: the second finds its plan by itself
+  run(false);
+  EXPECT_GT(run(false).predicted, 0);
+}
+
+TEST(Budget, AnErrorInForwardOrBackwardFreesAllAndTheNextStepWorks) {
+  const Case model = seeded(encoder);
+  Planned pipeline(*model.module, {.budget = kNoLimit});
+  step(pipeline, model), step(pipeline, model);
+  const auto plan = pipeline.plan();
+  const std::int64_t budget = (plan.least + plan.last.peak) / 2;
+  pipeline.set_budget(budget);
+  step(pipeline, model), step(pipeline, model);
+  const auto clean = [&] {
+    for (const at::Tensor& parameter : pipeline.parameters())
+      parameter.mutable_grad() = at::Tensor();
+    return Meter().bytes().current;
+  };
+  const std::int64_t before = clean();
+  EXPECT_EQ(words_of([&] {
+              pipeline.forward([&]() -> torch::Tensor {
+                const auto loss = model.loss();
+                throw std::runtime_error("in the middle");
+              });
+            }),
+            "in the middle");
+  EXPECT_EQ(clean(), before);
+  EXPECT_LE(step(pipeline, model), budget);
+  EXPECT_EQ(clean(), before);
+  struct Fails : torch::autograd::Function<Fails> {
+    static torch::Tensor forward(torch::autograd::AutogradContext*, torch::Tensor x) { return x; }
+    static torch::autograd::variable_list backward(torch::autograd::AutogradContext*,
+                                                   torch::autograd::variable_list) {
+      throw std::runtime_error("in backward");
+    }
+  };
+  {
+    auto* const encoder = model.module->as<nn::TransformerEncoder>();
+    auto loss = pipeline.forward([&] {
+      const auto x = torch::randn({64, 8, 64}).requires_grad_();
+      return encoder->forward(Fails::apply(encoder->forward(x) * 1)).square().mean();
+    });
+    EXPECT_THAT(words_of([&] { loss.backward(); }), HasSubstr("in backward"));
+  }
+  EXPECT_EQ(clean(), before);
+  for (int i = 0; i < 3; ++i) EXPECT_LE(step(pipeline, model), budget);
+}
+
+TEST(Budget, NotANumberIsCarriedThroughWhereverItComes) {
+  torch::manual_seed(0);
+  auto net = nn::Sequential(nn::Linear(64, 256), nn::Tanh(), nn::Linear(256, 256), nn::GELU(),
+                            nn::Linear(256, 8));
+  Planned pipeline(net, {.budget = kNoLimit});
+  const auto x = torch::randn({512, 64});
+  const auto run = [&](const torch::Tensor& input) {
+    for (const at::Tensor& parameter : pipeline.parameters())
+      parameter.mutable_grad() = at::Tensor();
+    pipeline.forward([&] { return net->forward(input).square().mean(); }).backward();
+    return pipeline.parameters().front().grad().isnan().any().item<bool>();
+  };
+  auto bad = x.clone();
+  bad[3][5] = std::numeric_limits<float>::quiet_NaN();
+  EXPECT_TRUE(run(bad));  // while it is recorded
+  EXPECT_FALSE(run(x));
+  const auto plan = pipeline.plan();
+  pipeline.set_budget(plan.least + (1 << 18));
+  EXPECT_FALSE(run(x));
+  EXPECT_TRUE(run(bad));  // by a plan
+  EXPECT_FALSE(run(x));
+  EXPECT_LE(pipeline.plan().variance, 0.1);
+}
+
+TEST(Budget, BackwardOnAnotherThreadAndAfterThePipeline) {
+  const Case model = seeded(encoder);
+  torch::Tensor loss;
+  std::int64_t budget = 0;
+  {
+    Planned pipeline(*model.module, {.budget = kNoLimit});
+    for (int i = 0; i < 2; ++i) step(pipeline, model);
+    const auto plan = pipeline.plan();
+    budget = (plan.least + plan.last.peak) / 2;
+    pipeline.set_budget(budget);
+    const Meter meter;
+    for (int i = 0; i < 3; ++i) {
+      for (const at::Tensor& parameter : pipeline.parameters())
+        parameter.mutable_grad() = at::Tensor();
+      meter.restart_peak();
+      auto one = pipeline.forward(model.loss);
+      std::thread([&] { one.backward(); }).join();
+      EXPECT_LE(meter.bytes().peak, budget);
+      const auto last = pipeline.plan().last;
+      EXPECT_EQ(last.peak, meter.bytes().peak);
+      EXPECT_NEAR(static_cast<double>(last.predicted), last.peak, 0.03 * last.peak);
+    }
+    loss = pipeline.forward(model.loss);
+  }
+  loss.backward();  // what it saved still unpacks
+  EXPECT_TRUE(model.module->parameters().front().grad().isfinite().all().item<bool>());
+}
+
+TEST(Budget, SeveralForwardsBeforeOneBackwardAreOneStep) {
+  const Case model = seeded(encoder);
+  Planned pipeline(*model.module, {.budget = kNoLimit});
+  const Meter meter;
+  const auto twice = [&](bool retain) {
+    for (const at::Tensor& parameter : pipeline.parameters())
+      parameter.mutable_grad() = at::Tensor();
+    meter.restart_peak();
+    const auto first = pipeline.forward(model.loss), second = pipeline.forward(model.loss);
+    const auto loss = first + second;
+    if (retain) loss.backward({}, /*retain_graph=*/true);
+    loss.backward();
+    return meter.bytes().peak;
+  };
+  for (int i = 0; i < 2; ++i) twice(false);
+  const auto plan = pipeline.plan();
+  const std::int64_t budget = (2 * plan.least + plan.last.peak) / 3;
+  pipeline.set_budget(budget);
+  for (int i = 0; i < 3; ++i) {
+    EXPECT_LE(twice(i == 2), budget + (i == 2 ? budget / 5 : 0));  // a graph that is retained
+    const auto last = pipeline.plan().last;
+    if (i < 2) EXPECT_NEAR(static_cast<double>(last.predicted), last.peak, 0.03 * last.peak);
+  }
+  {
+    const torch::NoGradGuard no_grad;  // a forward that saves nothing is no step
+    pipeline.forward(model.loss);
+  }
+  EXPECT_LE(twice(false), budget);
+}
+
+TEST(Budget, OthersOnTheDeviceMoveThePlan) {
+  const Case model = seeded(encoder);
+  Planned pipeline(*model.module, {.budget = kNoLimit});
+  for (int i = 0; i < 2; ++i) step(pipeline, model);
+  const std::int64_t plain = pipeline.plan().last.peak;
+  Planned shared(*model.module, {.budget = 2 * plain, .device_bytes = 2 * plain});
+  for (int i = 0; i < 3; ++i) step(shared, model);
+  EXPECT_EQ(shared.plan().notches, 0);
+  EXPECT_EQ(shared.plan().last.peak, plain) << "everything is kept";
+  {
+    const auto theirs = torch::empty({plain * 8 / 10}, torch::kByte);
+    std::int64_t before = plain + theirs.numel();
+    for (int i = 0; i < 12; ++i) {
+      const std::int64_t peak = step(shared, model);
+      EXPECT_LE(peak, before + before / 100) << i;
+      before = peak;
+    }
+    EXPECT_GT(shared.plan().notches, 0);
+    EXPECT_LE(before, 1.6 * plain) << "below the high-water mark";
+    std::ostringstream text;
+    text << shared.plan();
+    EXPECT_THAT(text.str(), HasSubstr("plans below what the budget allows"));
+  }
+  for (int i = 0; i < 24; ++i) step(shared, model);
+  EXPECT_EQ(shared.plan().notches, 0);
+  EXPECT_EQ(shared.plan().last.peak, plain) << "they have gone";
+}
+
+TEST(Budget, ThePlanIsPrinted) {
+  const Case model = seeded(convolutions);
+  Planned pipeline(*model.module, {.budget = 64_MiB});
+  std::ostringstream before, after;
+  before << pipeline.plan();
+  EXPECT_EQ(before.str(),
+            "budget 64.0 MiB: no step was recorded yet; the first one that saves "
+            "anything is\n");
+  for (int i = 0; i < 2; ++i) step(pipeline, model);
+  const auto plan = pipeline.plan();
+  after << plan;
+  for (const char* words :
+       {"budget 64.0 MiB, the least that can be met is ", "variance", "aten::relu",
+        "keep: [16, 16, 32, 32], saved by aten::native_batch_norm", "what else could be had"})
+    EXPECT_THAT(after.str(), HasSubstr(words));
+  EXPECT_GE(plan.curve.size(), 3u);
+  for (std::size_t i = 1; i < plan.curve.size(); ++i) {
+    EXPECT_GE(plan.curve[i].bytes, plan.curve[i - 1].bytes);
+    EXPECT_LT(plan.curve[i].ms + plan.step_ms * plan.curve[i].variance,
+              plan.curve[i - 1].ms + plan.step_ms * plan.curve[i - 1].variance);
+  }
+  EXPECT_EQ(pipeline.report().predicted_peak_bytes, plan.last.predicted);
 }
 
 }  // namespace

@@ -384,13 +384,13 @@ TEST_F(Allocator, AWatchHasAPeakOfItsOwn) {
   counters().watch(inner);
   counters().restart_peak();  // of everybody's meter, not of a watch
   auto small = floats(1 << 10);
-  EXPECT_EQ(counters().read(inner).peak, start + (4 << 10));
-  EXPECT_EQ(counters().read(outer).peak, start + (4 << 20));
-  EXPECT_EQ(counters().read(outer).peak, start + (4 << 10)) << "it starts again when it is read";
-  EXPECT_EQ(counters().read(outer).current, start + (4 << 10));
+  EXPECT_EQ(counters().read(inner).all.peak, start + (4 << 10));
+  EXPECT_EQ(counters().read(outer).all.peak, start + (4 << 20));
+  EXPECT_EQ(counters().read(outer).all.peak, start + (4 << 10)) << "it starts again when it is read";
+  EXPECT_EQ(counters().read(outer).all.current, start + (4 << 10));
   counters().end_watch(outer);
   large = floats(1 << 20);
-  EXPECT_EQ(counters().read(inner).peak, start + (4 << 10) + (4 << 20));
+  EXPECT_EQ(counters().read(inner).all.peak, start + (4 << 10) + (4 << 20));
   counters().end_watch(inner);
   counters().end_watch(inner);  // once is enough
 }

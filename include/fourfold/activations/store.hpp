@@ -150,9 +150,9 @@ struct BasicActivationStore<T>::Active {
       : store(std::move(of)), tape(take()) {
     tape->begin(forward);
     const bool in_backward = torch::autograd::get_current_graph_task_id() != -1;
+    scope.emplace(*tape, in_backward);
     planned = store->options_.plan != nullptr && !in_backward;
     if (planned) store->options_.plan->forward_began(forward);
-    scope.emplace(*tape, in_backward);
   }
   ~Active() {
     scope.reset();
@@ -305,26 +305,29 @@ std::shared_ptr<door::Saved> BasicActivationStore<T>::hold(const at::Tensor& ten
 /// Not of what a block saves when it runs again: that goes at once.
 template <class T>
 SavedPlan::Choice BasicActivationStore<T>::planned(const at::Tensor& tensor, PackFunction pack,
-                                                  const detail::Tape* tape) {
+                                                   const detail::Tape* tape) {
   if (torch::autograd::get_current_graph_task_id() != -1) return {};
   const c10::Storage& storage = tensor.storage();
-  const detail::Tape::Origin* const origin = tape->origin(storage.unsafeGetStorageImpl());
+  c10::StorageImpl* const key = storage.unsafeGetStorageImpl();
+  const detail::Tape::Origin* const origin = tape->origin(key);
   const detail::Tape::Frame* const frame = tape->frame();
   SavedStorage saved{.forward = tape->forward(),
                      .bytes = static_cast<std::int64_t>(storage.nbytes()),
                      .sensitive = pack != options_.pack,
                      .values = &tensor};
+  const bool result = frame != nullptr && frame->argument(key) == nullptr;
   if (frame != nullptr) {
     saved.operation = frame->number, saved.saver = frame->traits->name;
-    saved.place = frame->tensors.size();
-    for (std::size_t i = frame->tensors.size(); i-- > 0;)
-      if (frame->tensors[i].storage().is_alias_of(storage)) saved.place = i;
-    saved.sensitive = saved.sensitive || (frame->traits->sensitive &&
-                                          !frame->argument(storage.unsafeGetStorageImpl()));
+    while (saved.place < frame->tensors.size() &&
+           !frame->tensors[saved.place].storage().is_alias_of(storage))
+      ++saved.place;
+    saved.sensitive = saved.sensitive || (result && frame->traits->sensitive);
   }
   if (origin != nullptr && origin->time != 0) {
     saved.operation = origin->number, saved.place = origin->result, saved.made = true;
-    if (origin->traits != nullptr) saved.producer = origin->traits->name;
+    saved.producer = origin->traits->name;
+  } else if (result) {  // its operator saves it before it is done
+    saved.made = true, saved.producer = saved.saver;
   }
   SavedPlan::Choice choice = options_.plan->choose(saved);
   if (saved.sensitive) choice.pack = nullptr;

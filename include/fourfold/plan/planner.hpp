@@ -19,6 +19,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstdlib>
 #include <memory>
 #include <mutex>
 #include <utility>
@@ -142,17 +143,33 @@ class Planner final : public SavedPlan {
     }
   }
 
-  /// A plan in which all that this step has met stands; the present one first.
-  [[nodiscard]] std::shared_ptr<StepPlan> fitting() const {
+  /// A plan in which all that this step has met stands; the present one first. Where gradients are
+  /// there when it begins (they are accumulated) and were not before, or the other way round, one is
+  /// made of the same record.
+  [[nodiscard]] std::shared_ptr<StepPlan> fitting() {
     const auto fits = [&](const std::shared_ptr<StepPlan>& plan) {
       return plan != nullptr && std::all_of(met_.begin(), met_.end(), [&](const Met& one) {
                return plan->find(one.id, one.bytes, one.producer) >= 0;
              });
     };
-    if (fits(plan_)) return plan_;
-    for (const std::shared_ptr<StepPlan>& plan : plans_)
-      if (fits(plan)) return plan;
-    return nullptr;
+    const std::int64_t gradients = step_->gradients();
+    std::shared_ptr<StepPlan> other;
+    std::vector<std::shared_ptr<StepPlan>> all{plan_};
+    all.insert(all.end(), plans_.begin(), plans_.end());
+    for (const std::shared_ptr<StepPlan>& plan : all) {
+      if (!fits(plan)) continue;
+      if (std::abs(plan->gradients() - gradients) <= options_.budget / 500) return plan;
+      if (other == nullptr) other = plan;
+    }
+    if (other == nullptr) return nullptr;
+    auto plan = std::make_shared<StepPlan>(other->record(), gradients, options_.most_variance);
+    plan->strict = other->strict;
+    keep(plan);
+    return plan;
+  }
+  void keep(const std::shared_ptr<StepPlan>& plan) {
+    if (plans_.size() >= kPlans) plans_.erase(plans_.begin());
+    plans_.push_back(plan);
   }
 
   /// This step runs by `plan`, whose choice is for what lives now.
@@ -201,16 +218,14 @@ class Planner final : public SavedPlan {
   }
 
   void remember(StepRecord record) {
-    for (const std::shared_ptr<StepPlan>& plan : plans_)
-      if (plan->record().same_storages(record)) {
-        plan_ = plan;
-        plan_->renew(std::move(record));
-        plan_->strict = false;
-        return;
-      }
-    if (plans_.size() >= kPlans) plans_.erase(plans_.begin());
-    plan_ =
-        plans_.emplace_back(std::make_shared<StepPlan>(std::move(record), options_.most_variance));
+    const std::size_t known = plans_.size();
+    std::erase_if(plans_, [&](const std::shared_ptr<StepPlan>& plan) {
+      return plan->record().same_storages(record);
+    });
+    const std::int64_t gradients = record.base_gradients;
+    plan_ = std::make_shared<StepPlan>(std::move(record), gradients, options_.most_variance);
+    plan_->strict = plans_.size() == known;  // what was unknown before stays unknown
+    keep(plan_);
   }
 
   /// Others use the device too: the next cheaper plan, or the one before.

@@ -10,6 +10,7 @@
 #include <fourfold/activations/saved_plan.hpp>
 #include <fourfold/plan/problem.hpp>
 
+#include <algorithm>
 #include <cstdint>
 #include <string>
 #include <vector>
@@ -101,6 +102,8 @@ struct StepRecord {
   std::vector<StorageRecord> storages;  ///< in the order of saving
   std::vector<std::int64_t> bytes;      ///< at each position, above what lived when it began
   std::int64_t base = 0;                ///< what lived when it began
+  std::int64_t base_gradients = 0;      ///< of that, gradients
+  std::vector<std::int64_t> gradients;  ///< at each position, at least so many of `bytes`
   double ms = 0;                        ///< forward and backward, without what the codecs took
   std::vector<Rung> rungs;
 
@@ -119,7 +122,10 @@ struct StepRecord {
   /// |dy_n|^2, and rounding adds sum |e_n|^2 |dy_n|^2 (its error e is independent of all else). The
   /// share is the noise's power over the values', which a sample of the values tells; a plan's is
   /// the mean over what could be packed, by bytes. A share v costs v more steps' time.
-  [[nodiscard]] Problem problem() const {
+  ///
+  /// `present`: gradients that are there when the step begins. Backward adds to them, and allocates
+  /// no others.
+  [[nodiscard]] Problem problem(std::int64_t present) const {
     Problem out;
     out.fixed = bytes;
     out.ms_of_variance = ms;
@@ -145,7 +151,10 @@ struct StepRecord {
         }
     }
     std::int64_t running = 0;
-    for (std::size_t p = 0; p < bytes.size(); ++p) out.fixed[p] += (running += change[p]);
+    const std::int64_t more = present - base_gradients;
+    for (std::size_t p = 0; p < bytes.size(); ++p)
+      out.fixed[p] +=
+          (running += change[p]) - std::min(more, std::max<std::int64_t>(gradients[p], 0));
     return out;
   }
 

@@ -17,14 +17,17 @@ namespace fourfold::inline v0::plan {
 
 class Recorder {
  public:
-  explicit Recorder(std::int64_t base, std::vector<Rung> rungs) : started_(Clock::now()) {
-    record_.base = base;
+  /// `base`: what lives when the step begins, `gradients` of it gradients.
+  Recorder(std::int64_t base, std::int64_t gradients, std::vector<Rung> rungs)
+      : started_(Clock::now()) {
+    record_.base = base, record_.base_gradients = gradients;
     record_.rungs = std::move(rungs);
   }
 
-  /// `peak`: the most that lived since the last event, `now`: what lives.
-  void event(std::int64_t now, std::int64_t peak) {
+  /// `peak`: the most that lived since the last event, `now`: what lives, `gradients` of it.
+  void event(std::int64_t now, std::int64_t peak, std::int64_t gradients) {
     end_segment(now, peak);
+    record_.gradients.back() = gradients - record_.base_gradients;
     // Of which nobody told: it lived when most did, as far as anybody knows.
     forget([](const Living& one) { return one.storage.expired(); });
   }
@@ -140,6 +143,9 @@ class Recorder {
   void end_segment(std::int64_t now, std::int64_t peak) {
     record_.bytes.push_back(peak - record_.base);
     record_.bytes.push_back(now - record_.base);
+    // At most so many when most lived: they only come.
+    record_.gradients.resize(record_.bytes.size(),
+                             record_.gradients.empty() ? 0 : record_.gradients.back());
   }
   /// They went in the segment that has just ended.
   template <class Dead>

@@ -21,7 +21,8 @@ class Step final : public StoredWatch {
  public:
   Step() {
     counters_.watch(watch_);
-    base_ = counters_.read(watch_).current;
+    const door::ByteCount count = counters_.read(watch_);
+    base_ = count.all.current, gradients_ = gradients_of(count);
   }
   ~Step() override { counters_.end_watch(watch_); }
   Step(const Step&) = delete;
@@ -30,7 +31,7 @@ class Step final : public StoredWatch {
   /// Before anything of it is held.
   void record(std::vector<Rung> rungs) {
     const std::lock_guard lock(mutex_);
-    recorder_.emplace(base_, std::move(rungs));
+    recorder_.emplace(base_, gradients_, std::move(rungs));
     event();
     watch_.freed = &Watch::note;
   }
@@ -59,6 +60,8 @@ class Step final : public StoredWatch {
 
   /// What lived when it began, and at most until its graph had gone; CPU tensors of the process.
   [[nodiscard]] std::int64_t base() const { return base_; }
+  /// Of the base: gradients that are there already, so that backward adds to them.
+  [[nodiscard]] std::int64_t gradients() const { return gradients_; }
   [[nodiscard]] std::int64_t peak() const {
     const std::lock_guard lock(mutex_);
     return peak_;
@@ -74,7 +77,9 @@ class Step final : public StoredWatch {
     const std::lock_guard lock(mutex_);
     event();
     watch_.follow(storage.values->storage());
-    return recorder_->saving(id, storage);
+    const std::uint32_t item = recorder_->saving(id, storage);
+    pending_ = std::max(pending_, counters_.read(watch_).all.peak);  // samples are no step's need
+    return item;
   }
   void held(std::uint32_t item, StoredAs kind, std::int64_t bytes, std::int64_t values) override {
     const std::lock_guard lock(mutex_);
@@ -93,9 +98,9 @@ class Step final : public StoredWatch {
   void decoded(std::uint32_t item, const c10::Storage& dense) noexcept override {
     const std::lock_guard lock(mutex_);
     if (!recorder_) return;
+    event();  // first: a block that has gone may have come again as this one
     watch_.follow(dense);
     recorder_->decoded(item, dense);
-    event();
   }
   void released(std::uint32_t item) noexcept override {
     const std::lock_guard lock(mutex_);
@@ -153,13 +158,16 @@ class Step final : public StoredWatch {
 
   void event() noexcept {
     if (!recorder_ && held_ > 0) return;  // one reading is enough
-    const PeakBytes bytes = counters_.read(watch_);
+    const door::ByteCount count = counters_.read(watch_);
     for (const Watch::Freed& one : watch_.take()) {
       pending_ = std::max(pending_, one.peak);
       if (recorder_) recorder_->freed(one.block, one.now, one.peak);
     }
-    pending_ = std::max(pending_, bytes.peak);
-    if (recorder_) recorder_->event(bytes.current, bytes.peak);
+    pending_ = std::max(pending_, count.all.peak);
+    if (recorder_) recorder_->event(count.all.current, count.all.peak, gradients_of(count));
+  }
+  static std::int64_t gradients_of(const door::ByteCount& count) {
+    return count.now[static_cast<std::size_t>(Place::kGradients)];
   }
   void settle() noexcept {
     if (held_ == 0) peak_ = std::max(peak_, std::exchange(pending_, 0));
@@ -170,7 +178,7 @@ class Step final : public StoredWatch {
   mutable std::mutex mutex_;
   std::optional<Recorder> recorder_;
   std::vector<StoredAs> kinds_;
-  std::int64_t base_ = 0, pending_ = 0, peak_ = 0;
+  std::int64_t base_ = 0, gradients_ = 0, pending_ = 0, peak_ = 0;
   std::int64_t held_ = 0, open_ = 0;
   std::uint64_t forwards_ = 0;
 };

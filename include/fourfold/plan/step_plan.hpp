@@ -9,6 +9,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <optional>
+#include <string_view>
 #include <unordered_map>
 #include <utility>
 #include <vector>
@@ -17,18 +18,13 @@ namespace fourfold::inline v0::plan {
 
 class StepPlan {
  public:
-  StepPlan(StepRecord record, double most_variance) : most_variance_(most_variance) {
-    renew(std::move(record));
-  }
-
-  /// The same storages, recorded again.
-  void renew(StepRecord record) {
+  /// `gradients`: that are there when the step begins.
+  StepPlan(StepRecord record, std::int64_t gradients, double most_variance)
+      : gradients_(gradients), most_variance_(most_variance) {
     record_ = std::move(record);
-    index_.clear();
     for (std::size_t i = 0; i < record_.storages.size(); ++i)
       index_.emplace(key(record_.storages[i].id), i);
     remake();
-    correction_ = 0, steps_ = 0, exceeded_ = false, last_difference_.reset();
   }
 
   /// The storage's number in the record; -1 if it is not there, -2 if another one is.
@@ -92,6 +88,7 @@ class StepPlan {
     return curve_;
   }
   [[nodiscard]] const StepRecord& record() const { return record_; }
+  [[nodiscard]] std::int64_t gradients() const { return gradients_; }
   [[nodiscard]] const Problem& problem() const { return problem_; }
   [[nodiscard]] const Solution& chosen() const { return chosen_; }
   [[nodiscard]] std::int64_t correction() const { return correction_; }
@@ -107,7 +104,7 @@ class StepPlan {
   static constexpr int kCurve = 20;
 
   void remake() {
-    problem_ = record_.problem();
+    problem_ = record_.problem(gradients_);
     smallest_ = smallest(problem_, most_variance_);
     if (!smallest_.feasible) smallest_ = smallest(problem_);  // nothing is quieter
     chosen_ = smallest_;
@@ -122,6 +119,7 @@ class StepPlan {
     return points[static_cast<std::size_t>(std::max<std::ptrdiff_t>(at - notches, 0))].peak;
   }
 
+  const std::int64_t gradients_;
   const double most_variance_;
   StepRecord record_;
   std::unordered_map<std::uint64_t, std::size_t> index_;

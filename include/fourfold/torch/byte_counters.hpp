@@ -143,13 +143,14 @@ class BasicByteCounters {
         return;
       }
   }
-  /// What lives now, and the most that did since it was last read; `total` is all that ever was.
-  [[nodiscard]] PeakBytes read(PeakWatch& one) {
+  /// As read(), but `all.peak` is the most that lived since `one` was last read.
+  [[nodiscard]] ByteCount read(PeakWatch& one) {
     std::vector<Adopted> dead;
     const std::lock_guard lock(mutex_);
     drop_dead(dead);
-    const std::int64_t now = count_.all.current;
-    return {.current = now, .peak = std::exchange(one.peak, now), .total = count_.all.total};
+    ByteCount out = count_;
+    out.all.peak = std::exchange(one.peak, count_.all.current);
+    return out;
   }
 
   /// The peaks start again from what lives now; the totals go on.
