@@ -45,7 +45,8 @@ struct CheckpointOptions {
 namespace detail {
 
 /// What a saved tensor must look like when it comes again.
-struct SavedLook {
+template <class = void>
+struct BasicSavedLook {
   std::optional<std::vector<std::int64_t>> sizes;  // none: nested
   at::ScalarType dtype = at::kFloat;
   at::Device device = at::kCPU;
@@ -53,14 +54,14 @@ struct SavedLook {
 
   /// `attached` tells apart what is computed (hashed) and a buffer that its operator has yet to
   /// fill.
-  SavedLook(const at::Tensor& tensor, const at::Tensor& attached, bool with_hash)
+  BasicSavedLook(const at::Tensor& tensor, const at::Tensor& attached, bool with_hash)
       : dtype(tensor.scalar_type()), device(tensor.device()) {
     if (!tensor.is_nested()) sizes = tensor.sizes().vec();
     if (with_hash && tensor.layout() == at::kStrided && sizes && !tensor.is_meta() &&
         !tensor.is_quantized() && (attached.requires_grad() || !at::isFloatingType(dtype)))
       hash = hash_of(tensor.detach().cpu().contiguous());
   }
-  bool operator==(const SavedLook&) const = default;
+  bool operator==(const BasicSavedLook&) const = default;
 
   [[nodiscard]] std::string text() const {
     std::ostringstream out;
@@ -83,6 +84,7 @@ struct SavedLook {
     return hash;
   }
 };
+using SavedLook = BasicSavedLook<>;
 
 template <class = void>  // compiled where a checkpoint is made
 class CheckpointFrame final : public door::SavedTensors,

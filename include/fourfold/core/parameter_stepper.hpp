@@ -19,31 +19,32 @@ namespace fourfold::inline v0 {
 /// so that one pass over all of them gives bit for bit what step() gives. A parameter without a
 /// gradient, or frozen, is left alone as step() leaves it. Errors are step()'s, before `p` is
 /// changed, and one more: `p` belongs to no parameter group.
-class ParameterStepper {
+template <class = void>
+class BasicParameterStepper {
  public:
   virtual void step_parameter(const at::Tensor& p) = 0;
 
   /// The stepper, for whoever steps its parameters in backward; null once it is gone.
-  using Link = std::shared_ptr<ParameterStepper*>;
+  using Link = std::shared_ptr<BasicParameterStepper*>;
   /// From now on step() by hand is an error, until release(false). Once at a time.
   Link release(bool on) {
     TORCH_CHECK(!on || link_ == nullptr,
                 "the gradients of this optimizer are released already; one GradientRelease is for "
                 "one optimizer: destroy the other one first");
-    link_ = on ? std::make_shared<ParameterStepper*>(this) : nullptr;
+    link_ = on ? std::make_shared<BasicParameterStepper*>(this) : nullptr;
     return link_;
   }
 
  protected:
-  ParameterStepper() = default;
-  ParameterStepper(const ParameterStepper&) {}
-  ParameterStepper(ParameterStepper&& other) noexcept { take(std::move(other)); }
-  ParameterStepper& operator=(const ParameterStepper&) { return *this; }
-  ParameterStepper& operator=(ParameterStepper&& other) noexcept {
+  BasicParameterStepper() = default;
+  BasicParameterStepper(const BasicParameterStepper&) {}
+  BasicParameterStepper(BasicParameterStepper&& other) noexcept { take(std::move(other)); }
+  BasicParameterStepper& operator=(const BasicParameterStepper&) { return *this; }
+  BasicParameterStepper& operator=(BasicParameterStepper&& other) noexcept {
     take(std::move(other));
     return *this;
   }
-  ~ParameterStepper() {
+  ~BasicParameterStepper() {
     if (link_) *link_ = nullptr;
   }
 
@@ -56,7 +57,7 @@ class ParameterStepper {
   }
 
  private:
-  void take(ParameterStepper&& other) {
+  void take(BasicParameterStepper&& other) {
     if (this == &other) return;
     if (link_) *link_ = nullptr;
     link_ = std::move(other.link_);
@@ -64,5 +65,6 @@ class ParameterStepper {
   }
   Link link_;
 };
+using ParameterStepper = BasicParameterStepper<>;
 
 }  // namespace fourfold::inline v0

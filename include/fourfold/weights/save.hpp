@@ -55,8 +55,9 @@ inline void flush_to_disk(const std::string& path) {
 
 /// Where the bytes go: beside the file, under a name that nobody else has, until they are complete.
 /// A link stays a link; a device or a pipe is written to as it is.
-struct SaveTarget {
-  explicit SaveTarget(const std::string& path) : file(path) {
+template <class = void>
+struct BasicSaveTarget {
+  explicit BasicSaveTarget(const std::string& path) : file(path) {
     static std::atomic<unsigned> saves{0};
     beside = ".partial." + std::to_string(saves.fetch_add(1));
 #if defined(__unix__) || defined(__APPLE__)
@@ -73,6 +74,7 @@ struct SaveTarget {
   }
   std::string file, beside;
 };
+using SaveTarget = BasicSaveTarget<>;
 
 }  // namespace detail
 
