@@ -73,7 +73,8 @@ struct PolicyOf<R, First, Rest...> {
 };
 
 /// What outlives the module: a pipeline's scopes and reports need no more.
-struct PipelineState {
+template <class = void>
+struct BasicPipelineState {
   Meter meter;  // first, so that all that follows is counted
   NamedTensors parameters;
   std::vector<at::Tensor> trainable;
@@ -86,24 +87,26 @@ struct PipelineState {
   bool left = false;  ///< a scope was left, so blocks_met tells something
   std::int64_t scopes = 0;
 };
+using PipelineState = BasicPipelineState<>;
 
 }  // namespace detail
 
 /// While it lives, what this thread's forward saves is the pipeline's. Entered once, and left on
 /// the thread that entered it.
-class [[nodiscard]] PipelineScope {
+template <class = void>
+class [[nodiscard]] BasicPipelineScope {
  public:
-  explicit PipelineScope(std::shared_ptr<detail::PipelineState> state)
+  explicit BasicPipelineScope(std::shared_ptr<detail::PipelineState> state)
       : state_(std::move(state)), saved_(state_->store), operators_(state_->store->activate()) {
     if (state_->block_every > 0) blocks_.emplace(state_->block_every);
     ++state_->scopes;
   }
-  ~PipelineScope() {
+  ~BasicPipelineScope() {
     if (blocks_) state_->blocks_met += blocks_->met();
     state_->left = true;
   }
-  PipelineScope(const PipelineScope&) = delete;
-  PipelineScope& operator=(const PipelineScope&) = delete;
+  BasicPipelineScope(const BasicPipelineScope&) = delete;
+  BasicPipelineScope& operator=(const BasicPipelineScope&) = delete;
 
  private:
   std::shared_ptr<detail::PipelineState> state_;
@@ -111,6 +114,7 @@ class [[nodiscard]] PipelineScope {
   std::shared_ptr<void> operators_;
   std::optional<BlocksScope> blocks_;
 };
+using PipelineScope = BasicPipelineScope<>;
 
 template <class... Policies>
 class CompressionPipeline {

@@ -122,6 +122,57 @@ TYPED_TEST(CompandedTest, StochasticRoundingIsUnbiasedInTheValue) {
   }
 }
 
+/// An optimizer's state differs from compress() in one thing: a second moment above zero has a code
+/// above zero. One code too large at most; zero itself stays zero.
+TEST(Companded, AStateAboveZeroStaysAboveZero) {
+  auto x = moments(128 * 64 + 5, true);
+  x.slice(0, 0, x.numel(), 7).zero_();
+  for (const std::optional<Key>& key : {std::optional<Key>(), std::optional(Key{1, 2, 3, 4})}) {
+    const auto compressed = key ? Root{}.compress(x, *key) : Root{}.compress(x);
+    auto state = Root{}.zeros(x.sizes());
+    Root{}.encode(state, 0, x.numel(), x.const_data_ptr<float>(), key);
+    const auto above = (x > 0).to(torch::kByte);
+    EXPECT_TRUE(state.buffers[0].equal(compressed.buffers[0].maximum(above)));
+    EXPECT_GT((compressed.buffers[0] < above).sum().item<std::int64_t>(), 100) << "tests nothing";
+  }
+}
+
+/// Why: Adam's step divides by the second moment's root. Rows whose gradients differ by orders of
+/// magnitude share groups (tokens of an embedding, rare and frequent), and a rare one's gradients
+/// stay away for long. In exact arithmetic |m| <= r sqrt(v) with r = (1 - beta1) / sqrt(1 - beta2) /
+/// sqrt(1 - beta1^2 / beta2) = 7.3 (Cauchy and Schwarz). Codes add to m an error of one gap a step,
+/// ten gaps in sum at beta1 = 0.9, a gap being max|m| / 253 * 1.5 where |m| is below a tenth of the
+/// largest; and sqrt(v) is max(sqrt(v)) / 255 at least. So r (1 + 10 * 1.5 * 255 / 253) bounds a
+/// step in units of the rate. Rounded to zero, second moments let it be 456000.
+TEST(Companded, AdamsStepsStayBoundedWhereGradientsDifferByOrdersOfMagnitude) {
+  constexpr double kBeta1 = 0.9, kBeta2 = 0.999;
+  constexpr std::int64_t kRows = 8, kWidth = 96, kN = kRows * kWidth;
+  auto first = Signed{}.zeros({kN});
+  auto second = Root{}.zeros({kN});
+  std::vector<float> m(kN), v(kN);
+  torch::manual_seed(3);
+  double largest = 0;
+  for (int step = 1; step <= 60; ++step) {
+    auto g = torch::randn({kRows, kWidth});
+    for (std::int64_t row = 0; row < kRows; ++row)
+      g[row] *= (step - 1) % (row + 1) == 0 ? std::pow(10.0, -row) : 0.0;
+    const float* grad = g.const_data_ptr<float>();
+    Signed{}.decode(first, 0, kN, m.data());
+    Root{}.decode(second, 0, kN, v.data());
+    for (std::int64_t i = 0; i < kN; ++i) {
+      m[i] = static_cast<float>(kBeta1 * m[i] + (1 - kBeta1) * grad[i]);
+      v[i] = static_cast<float>(kBeta2 * v[i] + (1 - kBeta2) * grad[i] * grad[i]);
+      const double mean = m[i] / (1 - std::pow(kBeta1, step));
+      const double root = std::sqrt(v[i] / (1 - std::pow(kBeta2, step)));
+      largest = std::max(largest, std::abs(mean) / (root + 1e-8));
+    }
+    const auto at = static_cast<std::uint64_t>(step);
+    Signed{}.encode(first, 0, kN, m.data(), Key{9, at, 0, 0});
+    Root{}.encode(second, 0, kN, v.data(), Key{9, at, 0, 1});
+  }
+  EXPECT_LE(largest, 7.3 * (1 + 10 * 1.5 * 255 / 253));
+}
+
 TYPED_TEST(CompandedTest, RoundTripStaysWithinTheBound) {
   for (const auto dtype : {torch::kFloat, torch::kBFloat16, torch::kHalf, torch::kDouble})
     for (const std::int64_t n : {0, 1, 127, 128, 129, 1000}) {

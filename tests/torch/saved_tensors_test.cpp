@@ -493,14 +493,14 @@ TEST(SavedTensorsEngine, IsTheDefaultEngineOnceInstalled) {
   EXPECT_EQ(&torch::autograd::Engine::get_default_engine(), &engine);
   EXPECT_EQ(&door::detail::saved_tensors_engine(), &engine);
   EXPECT_NE(&torch::autograd::Engine::get_base_engine(), &engine);
-  EXPECT_EQ(engine.abi(), door::detail::SavedTensorsEngine::kAbi);
+  EXPECT_EQ(engine.abi(), door::detail::kSavedTensorsAbi);
 }
 
 TEST(SavedTensorsEngine, RefusesAnotherAbiNamingBoth) {
   door::detail::saved_tensors_engine();
   EXPECT_THAT(message_of([] { door::detail::installed_saved_tensors_engine<99>(); }),
               HasSubstr("saved tensors have door ABI " +
-                        std::to_string(door::detail::SavedTensorsEngine::kAbi) +
+                        std::to_string(door::detail::kSavedTensorsAbi) +
                         " where installed and 99 here"));
 }
 

@@ -21,7 +21,8 @@ using PackFunction = std::shared_ptr<const Payload> (*)(const at::Tensor& values
 /// Packs values of at most two kinds exactly; null if there are more.
 using MaskFunction = std::shared_ptr<const Payload> (*)(const at::Tensor& values);
 
-[[nodiscard]] inline std::shared_ptr<const Payload> pack_bits(const at::Tensor& values) {
+template <class = void>
+[[nodiscard]] std::shared_ptr<const Payload> pack_bits(const at::Tensor& values) {
   std::optional<BitMask::Packed> packed = BitMask::try_compress(values);
   if (!packed) return nullptr;
   return std::make_shared<CodecPayload<BitMask>>(std::move(*packed));
@@ -32,11 +33,12 @@ template <StochasticCodec C>
   return make_payload<C>(values, key);
 }
 
-struct ActivationOptions {
+template <class = void>
+struct BasicActivationOptions {
   PackFunction pack = nullptr;  ///< null: what is not recomputed is held as it is
   /// For softmax results and inputs of checkpoints; null: they are held as they are.
   PackFunction pack_sensitive = nullptr;
-  MaskFunction pack_mask = pack_bits;         ///< null: masks are packed or held like all else
+  MaskFunction pack_mask = pack_bits<>;       ///< null: masks are packed or held like all else
   std::vector<std::string_view> recompute{};  ///< operators: "gelu", "mylib::op"; static strings
   int recompute_depth = 4;                    ///< operators that run again for one saved tensor
   std::int64_t min_numel = 1024;
@@ -45,5 +47,6 @@ struct ActivationOptions {
   /// The payload that a dense tensor was decompressed from, or null: it is saved in its stead.
   std::function<std::shared_ptr<const Payload>(const at::Tensor&)> payload_of{};
 };
+using ActivationOptions = BasicActivationOptions<>;
 
 }  // namespace fourfold::inline v0

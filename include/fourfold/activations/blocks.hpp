@@ -52,7 +52,8 @@ struct [[gnu::visibility("default")]] BlocksState {
   };
 };
 
-inline std::shared_ptr<OpenBlocks>& innermost_blocks() {
+template <class = void>
+std::shared_ptr<OpenBlocks>& innermost_blocks() {
   std::shared_ptr<OpenBlocks>& top = door::door_state<BlocksState>().innermost();
   while (top != nullptr && top->closed.load(std::memory_order_acquire)) top = top->outer;
   return top;
@@ -61,9 +62,10 @@ inline std::shared_ptr<OpenBlocks>& innermost_blocks() {
 }  // namespace detail
 
 /// Blocks met on the thread that made it are checkpoints while it lives. The innermost one counts.
-class [[nodiscard]] BlocksScope {
+template <class = void>
+class [[nodiscard]] BasicBlocksScope {
  public:
-  explicit BlocksScope(int every = 1, const CheckpointOptions& options = {})
+  explicit BasicBlocksScope(int every = 1, const CheckpointOptions& options = {})
       : open_(std::make_shared<detail::OpenBlocks>()) {
     TORCH_CHECK(every >= 1, "BlocksScope: got every = ", every,
                 "; give 1 to recompute each block, 2 for every second");
@@ -71,12 +73,12 @@ class [[nodiscard]] BlocksScope {
     open_->options = options;
     open_->outer = std::exchange(detail::innermost_blocks(), open_);
   }
-  ~BlocksScope() {
+  ~BasicBlocksScope() {
     open_->closed.store(true, std::memory_order_release);
     detail::innermost_blocks();
   }
-  BlocksScope(const BlocksScope&) = delete;
-  BlocksScope& operator=(const BlocksScope&) = delete;
+  BasicBlocksScope(const BasicBlocksScope&) = delete;
+  BasicBlocksScope& operator=(const BasicBlocksScope&) = delete;
 
   [[nodiscard]] std::int64_t met() const { return open_->met; }  ///< blocks that ran in it
   [[nodiscard]] std::int64_t recomputed() const { return open_->recomputed; }  ///< of them
@@ -84,6 +86,7 @@ class [[nodiscard]] BlocksScope {
  private:
   std::shared_ptr<detail::OpenBlocks> open_;
 };
+using BlocksScope = BasicBlocksScope<>;
 
 /// fn(inputs...), as a block: a checkpoint within a BlocksScope (what a pipeline with Blocks
 /// opens) if its turn has come; the plain call elsewhere, within another block and where a block is
@@ -107,11 +110,12 @@ auto block(Fn&& fn, Inputs&&... inputs) -> detail::BlockResult<Fn, Inputs...> {
 }
 
 /// Undoes wrap_sequential_blocks when it dies. Outlives the model without harm.
-class [[nodiscard]] SequentialBlocks {
+template <class = void>
+class [[nodiscard]] BasicSequentialBlocks {
  public:
-  SequentialBlocks() = default;
-  SequentialBlocks(SequentialBlocks&&) = default;
-  SequentialBlocks& operator=(SequentialBlocks&& other) noexcept {
+  BasicSequentialBlocks() = default;
+  BasicSequentialBlocks(BasicSequentialBlocks&&) = default;
+  BasicSequentialBlocks& operator=(BasicSequentialBlocks&& other) noexcept {
     if (this != &other) {
       undo();
       wrapped_ = std::move(other.wrapped_);
@@ -119,7 +123,7 @@ class [[nodiscard]] SequentialBlocks {
     }
     return *this;
   }
-  ~SequentialBlocks() { undo(); }
+  ~BasicSequentialBlocks() { undo(); }
 
   /// Children that became blocks.
   [[nodiscard]] std::int64_t blocks() const { return blocks_; }
@@ -136,12 +140,13 @@ class [[nodiscard]] SequentialBlocks {
 
  private:
   template <class M>
-  friend SequentialBlocks wrap_sequential_blocks(M& root);
+  friend BasicSequentialBlocks wrap_sequential_blocks(M& root);
   /// Whose children, and which of them: others may be another handle's.
   std::vector<std::pair<std::weak_ptr<torch::nn::SequentialImpl>, std::vector<std::size_t>>>
       wrapped_;
   std::int64_t blocks_ = 0;
 };
+using SequentialBlocks = BasicSequentialBlocks<>;
 
 /// Makes the children of each outermost Sequential in `root` (itself included) blocks, whatever
 /// their forward takes and returns. Names, parameters, types and clones of the model are as before;

@@ -35,8 +35,9 @@ namespace fourfold::inline v0 {
 
 /// Whether this thread is running a block for the second time: for whatever must happen once a step
 /// (counters, prints). Buffers written in place need no such care: checkpoint() puts them back.
-inline bool is_recomputing() {
-  door::detail::SavedTensorsEngine* engine = door::detail::installed_saved_tensors_engine();
+template <class = void>
+bool is_recomputing() {
+  auto* const engine = door::detail::installed_saved_tensors_engine();
   return engine != nullptr && engine->recomputing() > 0;
 }
 

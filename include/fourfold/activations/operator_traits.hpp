@@ -10,7 +10,8 @@
 
 namespace fourfold::inline v0::detail {
 
-struct OperatorTraits {
+template <class = void>
+struct BasicOperatorTraits {
   std::size_t arguments = 0, results = 0;
   std::vector<std::size_t> written;  ///< arguments that it writes to, by its schema
   bool cheap = false;                ///< may run again in place of keeping its result
@@ -24,8 +25,9 @@ struct OperatorTraits {
   bool reads_nonzero = false;        ///< backward asks of what it saved whether it is 0: relu
   bool reads_positive = false;       ///< ... whether it is positive: leaky_relu
 
-  OperatorTraits() = default;
-  OperatorTraits(const c10::OperatorHandle& op, const std::vector<std::string_view>& cheap_names) {
+  BasicOperatorTraits() = default;
+  BasicOperatorTraits(const c10::OperatorHandle& op,
+                      const std::vector<std::string_view>& cheap_names) {
     const c10::FunctionSchema& schema = op.schema();
     arguments = schema.arguments().size(), results = schema.returns().size();
     for (std::size_t i = 0; i < arguments; ++i)
@@ -64,5 +66,6 @@ struct OperatorTraits {
     return false;
   }
 };
+using OperatorTraits = BasicOperatorTraits<>;
 
 }  // namespace fourfold::inline v0::detail

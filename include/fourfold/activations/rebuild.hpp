@@ -15,14 +15,15 @@ namespace fourfold::inline v0::detail {
 
 inline constexpr std::int64_t kMostBytesCloned = 1 << 16;  ///< of an input that nothing holds
 
+template <class = void>
 std::shared_ptr<Stored> rebuild(const Tape& tape, const Tape::Origin& origin, std::int64_t version,
                                 int depth);
 
 /// Whether plain LibTorch would throw too, should the input be written to before backward and out
 /// of our sight: the operator saved its input itself, or the input's own operator did.
-inline bool written_is_an_error(Stored& held, const OperatorCall& call,
-                                const OperatorCall::Argument& argument,
-                                const Tape::Origin* origin) {
+template <class = void>
+bool written_is_an_error(Stored& held, const OperatorCall& call,
+                         const OperatorCall::Argument& argument, const Tape::Origin* origin) {
   if (held.kind() != StoredAs::kKept) return true;  // a copy, or computed
   Kept& kept = static_cast<Kept&>(held);
   if (kept.saved_by(call.time)) return true;
@@ -30,9 +31,9 @@ inline bool written_is_an_error(Stored& held, const OperatorCall& call,
          (kept.saved_by(origin->began) || kept.saved_by(origin->written));
 }
 
-inline std::optional<Rebuilt::Input> rebuild_input(const Tape& tape, const OperatorCall& call,
-                                                   const OperatorCall::Argument& argument,
-                                                   int depth) {
+template <class = void>
+std::optional<Rebuilt::Input> rebuild_input(const Tape& tape, const OperatorCall& call,
+                                            const OperatorCall::Argument& argument, int depth) {
   if (!argument.tensor) return Rebuilt::Input{argument.constant, nullptr, {}};
   if (argument.numel == 0) return std::nullopt;
   c10::StorageImpl* const key = argument.storage._unsafe_get_target();
@@ -54,8 +55,9 @@ inline std::optional<Rebuilt::Input> rebuild_input(const Tape& tape, const Opera
 }
 
 /// Null where it must be held.
-inline std::shared_ptr<Stored> rebuild(const Tape& tape, const Tape::Origin& origin,
-                                       std::int64_t version, int depth) {
+template <class>
+std::shared_ptr<Stored> rebuild(const Tape& tape, const Tape::Origin& origin, std::int64_t version,
+                                int depth) {
   const OperatorCall& call = *origin.call;
   if (origin.result >= call.results.size()) return nullptr;
   const OperatorCall::Result& result = call.results[origin.result];

@@ -46,7 +46,8 @@ struct OperatorCall {
   std::uint64_t time = 0;  ///< on the tape's clock, when it began
 };
 
-class Rebuilt final : public Stored, public std::enable_shared_from_this<Rebuilt> {
+template <class = void>
+class BasicRebuilt final : public Stored, public std::enable_shared_from_this<BasicRebuilt<>> {
  public:
   struct Input {
     at::IValue constant;             ///< if `stored` is null
@@ -54,8 +55,8 @@ class Rebuilt final : public Stored, public std::enable_shared_from_this<Rebuilt
     StorageView view;
   };
 
-  Rebuilt(std::shared_ptr<StorageUse> use, std::shared_ptr<const OperatorCall> call,
-          std::size_t result, std::vector<Input> inputs)
+  BasicRebuilt(std::shared_ptr<StorageUse> use, std::shared_ptr<const OperatorCall> call,
+               std::size_t result, std::vector<Input> inputs)
       : Stored(std::move(use), call->results[result].version, call->results[result].view.dtype,
                Extent::whole(call->results[result].values)),
         call_(std::move(call)),
@@ -71,7 +72,7 @@ class Rebuilt final : public Stored, public std::enable_shared_from_this<Rebuilt
     }
     use_->index()->totals().held.add(cloned_);
   }
-  ~Rebuilt() override { use_->index()->totals().held.add(-cloned_); }
+  ~BasicRebuilt() override { use_->index()->totals().held.add(-cloned_); }
 
   /// To be told before what it is computed from is written to.
   void depend() {
@@ -140,5 +141,6 @@ class Rebuilt final : public Stored, public std::enable_shared_from_this<Rebuilt
   WeakStorage dense_{c10::Storage().getWeakStorageImpl()};
   std::shared_ptr<HeldStorage> held_;
 };
+using Rebuilt = BasicRebuilt<>;
 
 }  // namespace fourfold::inline v0::detail

@@ -48,6 +48,7 @@ struct Extent {
   c10::DimVector sizes, strides;  ///< descending strides, adjoining dimensions merged
 
   /// Of a view of at least one value; strides are not negative in LibTorch.
+  template <class = void>
   explicit Extent(const StorageView& view) : begin(view.offset) {
     std::vector<std::pair<std::int64_t, std::int64_t>> dims;  // stride, size
     for (std::size_t i = 0; i < view.sizes.size(); ++i)

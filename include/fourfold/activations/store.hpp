@@ -60,11 +60,12 @@
 
 namespace fourfold::inline v0 {
 
-class ActivationStore final : public door::SavedTensors,
-                              public std::enable_shared_from_this<ActivationStore> {
+template <class = void>
+class BasicActivationStore final : public door::SavedTensors,
+                                   public std::enable_shared_from_this<BasicActivationStore<>> {
  public:
-  [[nodiscard]] static std::shared_ptr<ActivationStore> make(ActivationOptions options = {}) {
-    return std::shared_ptr<ActivationStore>(new ActivationStore(std::move(options)));
+  [[nodiscard]] static std::shared_ptr<BasicActivationStore> make(ActivationOptions options = {}) {
+    return std::shared_ptr<BasicActivationStore>(new BasicActivationStore(std::move(options)));
   }
 
   /// The model's parameters and buffers: never packed, nor what is made of them alone.
@@ -102,7 +103,7 @@ class ActivationStore final : public door::SavedTensors,
   using Stored = std::shared_ptr<detail::Stored>;
   struct Active;
 
-  explicit ActivationStore(ActivationOptions options) : options_(std::move(options)) {}
+  explicit BasicActivationStore(ActivationOptions options) : options_(std::move(options)) {}
 
   [[nodiscard]] bool active() const {
     return options_.pack != nullptr || !options_.recompute.empty();
@@ -135,11 +136,13 @@ class ActivationStore final : public door::SavedTensors,
   std::mutex mutex_;
   std::vector<std::unique_ptr<detail::Tape>> tapes_;  // idle ones, which know operators already
 };
+using ActivationStore = BasicActivationStore<>;
 
 // ---------------------------------------------------------------------------------------------
 
 /// The tape of one activation.
-struct ActivationStore::Active {
+template <class T>
+struct BasicActivationStore<T>::Active {
   Active(std::shared_ptr<ActivationStore> of, std::uint64_t forward)
       : store(std::move(of)), tape(take()) {
     tape->begin(forward);
@@ -165,25 +168,29 @@ struct ActivationStore::Active {
   std::optional<door::OperatorsScope> scope;
 };
 
-inline std::shared_ptr<void> ActivationStore::activate() {
+template <class T>
+std::shared_ptr<void> BasicActivationStore<T>::activate() {
   const std::uint64_t forward = forwards_.fetch_add(1, std::memory_order_relaxed) + 1;
   if (!active()) return nullptr;
   return std::make_shared<Active>(shared_from_this(), forward);
 }
 
-inline detail::Tape* ActivationStore::tape() const {
+template <class T>
+detail::Tape* BasicActivationStore<T>::tape() const {
   auto* tape = dynamic_cast<detail::Tape*>(door::current_operator_observer());
   return tape != nullptr && tape->index() == index_ ? tape : nullptr;
 }
 
-inline std::shared_ptr<door::Saved> ActivationStore::uncounted(const at::Tensor& tensor,
-                                                               std::atomic<std::int64_t>& kind) {
+template <class T>
+std::shared_ptr<door::Saved> BasicActivationStore<T>::uncounted(const at::Tensor& tensor,
+                                                                std::atomic<std::int64_t>& kind) {
   kind.fetch_add(1, std::memory_order_relaxed);
   return std::make_shared<detail::SavedAsIs>(tensor);
 }
 
-inline std::shared_ptr<door::Saved> ActivationStore::keep(const at::Tensor& tensor,
-                                                          const detail::Tape* tape, bool written) {
+template <class T>
+std::shared_ptr<door::Saved> BasicActivationStore<T>::keep(const at::Tensor& tensor,
+                                                           const detail::Tape* tape, bool written) {
   const auto values = static_cast<std::int64_t>(tensor.storage().nbytes() / tensor.element_size());
   auto kept = std::make_shared<detail::Kept>(index_->use(tensor.storage()), tensor, values);
   if (tape != nullptr && tape->frame() != nullptr) kept->note_saver(tape->frame()->time);
@@ -193,8 +200,9 @@ inline std::shared_ptr<door::Saved> ActivationStore::keep(const at::Tensor& tens
   return std::make_shared<detail::SavedAsIs>(tensor, std::move(kept));
 }
 
-inline std::shared_ptr<door::Saved> ActivationStore::as(const Stored& stored,
-                                                        detail::StorageView view) {
+template <class T>
+std::shared_ptr<door::Saved> BasicActivationStore<T>::as(const Stored& stored,
+                                                         detail::StorageView view) {
   std::atomic<std::int64_t>& count = [&]() -> std::atomic<std::int64_t>& {
     switch (stored->kind()) {
       case detail::StoredAs::kKept: return totals_->kept;
@@ -209,8 +217,9 @@ inline std::shared_ptr<door::Saved> ActivationStore::as(const Stored& stored,
   return std::make_shared<detail::SavedView>(stored, std::move(view));
 }
 
-inline bool ActivationStore::stays(const at::Tensor& tensor, const at::Tensor& attached,
-                                   const detail::Tape* tape) const {
+template <class T>
+bool BasicActivationStore<T>::stays(const at::Tensor& tensor, const at::Tensor& attached,
+                                    const detail::Tape* tape) const {
   const bool bits = tensor.scalar_type() == at::kBool && tensor.is_cpu();
   if (!at::isFloatingType(tensor.scalar_type()) && !bits) return true;
   if (options_.keep && options_.keep(tensor)) return true;
@@ -225,18 +234,21 @@ inline bool ActivationStore::stays(const at::Tensor& tensor, const at::Tensor& a
   return false;
 }
 
-inline std::shared_ptr<door::Saved> ActivationStore::pack_attached(const at::Tensor& tensor,
-                                                                   const at::Tensor& attached) {
+template <class T>
+std::shared_ptr<door::Saved> BasicActivationStore<T>::pack_attached(const at::Tensor& tensor,
+                                                                    const at::Tensor& attached) {
   return hold(tensor, attached, options_.pack);
 }
-inline std::shared_ptr<door::Saved> ActivationStore::pack_block_input(const at::Tensor& tensor,
-                                                                      const at::Tensor& attached) {
+template <class T>
+std::shared_ptr<door::Saved> BasicActivationStore<T>::pack_block_input(const at::Tensor& tensor,
+                                                                       const at::Tensor& attached) {
   return hold(tensor, attached, options_.pack_sensitive);
 }
 
-inline std::shared_ptr<door::Saved> ActivationStore::hold(const at::Tensor& tensor,
-                                                          const at::Tensor& attached,
-                                                          PackFunction pack) {
+template <class T>
+std::shared_ptr<door::Saved> BasicActivationStore<T>::hold(const at::Tensor& tensor,
+                                                           const at::Tensor& attached,
+                                                           PackFunction pack) {
   const door::OperatorsPause pause;
   if (!detail::is_plain(tensor) || tensor.numel() == 0) return uncounted(tensor, totals_->kept);
   c10::StorageImpl* const key = tensor.storage().unsafeGetStorageImpl();
@@ -275,8 +287,9 @@ inline std::shared_ptr<door::Saved> ActivationStore::hold(const at::Tensor& tens
   return stored == nullptr ? keep(tensor, tape) : as(stored, std::move(view));
 }
 
-inline ActivationStore::Stored ActivationStore::decoded(const at::Tensor& tensor,
-                                                        const detail::Extent& extent) {
+template <class T>
+std::shared_ptr<detail::Stored> BasicActivationStore<T>::decoded(const at::Tensor& tensor,
+                                                                 const detail::Extent& extent) {
   const c10::Storage& storage = tensor.storage();
   Stored source = index_->decoded_from(storage.unsafeGetStorageImpl());
   if (source == nullptr) return nullptr;
@@ -286,8 +299,9 @@ inline ActivationStore::Stored ActivationStore::decoded(const at::Tensor& tensor
   return stored;
 }
 
-inline ActivationStore::Stored ActivationStore::borrowed(const at::Tensor& tensor,
-                                                         const detail::Extent& extent) {
+template <class T>
+std::shared_ptr<detail::Stored> BasicActivationStore<T>::borrowed(const at::Tensor& tensor,
+                                                                  const detail::Extent& extent) {
   std::shared_ptr<const Payload> payload = options_.payload_of(tensor);
   if (payload == nullptr || payload->dtype() != tensor.scalar_type() ||
       c10::multiply_integers(payload->sizes()) != extent.span)
@@ -299,9 +313,11 @@ inline ActivationStore::Stored ActivationStore::borrowed(const at::Tensor& tenso
   return stored;
 }
 
-inline ActivationStore::Stored ActivationStore::choose(const at::Tensor& tensor,
-                                                       const detail::Extent& extent,
-                                                       PackFunction pack, detail::Tape* tape) {
+template <class T>
+std::shared_ptr<detail::Stored> BasicActivationStore<T>::choose(const at::Tensor& tensor,
+                                                                const detail::Extent& extent,
+                                                                PackFunction pack,
+                                                                detail::Tape* tape) {
   c10::StorageImpl* const key = tensor.storage().unsafeGetStorageImpl();
   const detail::Tape::Origin* origin = tape ? tape->origin(key) : nullptr;
   if (tensor.scalar_type() == at::kBool) return mask(tensor, extent);
@@ -327,8 +343,9 @@ inline ActivationStore::Stored ActivationStore::choose(const at::Tensor& tensor,
   return packed(tensor, extent, pack, tape);
 }
 
-inline ActivationStore::Stored ActivationStore::mask(const at::Tensor& tensor,
-                                                     const detail::Extent& extent) {
+template <class T>
+std::shared_ptr<detail::Stored> BasicActivationStore<T>::mask(const at::Tensor& tensor,
+                                                              const detail::Extent& extent) {
   if (options_.pack_mask == nullptr || !extent.dense()) return nullptr;
   std::shared_ptr<const Payload> payload =
       options_.pack_mask(extent.view(tensor.scalar_type()).on(tensor.storage()));
@@ -342,8 +359,10 @@ inline ActivationStore::Stored ActivationStore::mask(const at::Tensor& tensor,
 
 /// What relu's backward asks, exactly: in few bits small values would round to 0. For its node
 /// alone, since these are not the tensor's values.
-inline ActivationStore::Stored ActivationStore::sign(const at::Tensor& tensor,
-                                                     const detail::Extent& extent, bool positive) {
+template <class T>
+std::shared_ptr<detail::Stored> BasicActivationStore<T>::sign(const at::Tensor& tensor,
+                                                              const detail::Extent& extent,
+                                                              bool positive) {
   if (options_.pack_mask == nullptr || !extent.dense()) return nullptr;
   const at::ScalarType dtype = tensor.scalar_type();
   const at::Tensor values = extent.view(dtype).on(tensor.storage());
@@ -355,9 +374,11 @@ inline ActivationStore::Stored ActivationStore::sign(const at::Tensor& tensor,
                                           /*exact=*/true);
 }
 
-inline ActivationStore::Stored ActivationStore::packed(const at::Tensor& tensor,
-                                                       detail::Extent extent, PackFunction pack,
-                                                       detail::Tape* tape) {
+template <class T>
+std::shared_ptr<detail::Stored> BasicActivationStore<T>::packed(const at::Tensor& tensor,
+                                                                detail::Extent extent,
+                                                                PackFunction pack,
+                                                                detail::Tape* tape) {
   const c10::Storage& storage = tensor.storage();
   const auto values = static_cast<std::int64_t>(storage.nbytes() / tensor.element_size());
   const detail::Tape::Origin* origin =
@@ -385,7 +406,8 @@ inline ActivationStore::Stored ActivationStore::packed(const at::Tensor& tensor,
   return stored;
 }
 
-inline std::string ActivationStore::explain() const {
+template <class T>
+std::string BasicActivationStore<T>::explain() const {
   const SavedCounts n = counts();
   std::ostringstream out;
   if (n.tensors() == 0) {

@@ -28,17 +28,20 @@ namespace fourfold::inline v0::detail {
 
 using WeakStorage = c10::weak_intrusive_ptr<c10::StorageImpl>;
 
-class StorageIndex;
+template <class = void>
+class BasicStorageIndex;
+using StorageIndex = BasicStorageIndex<>;
 
 enum class StoredAs { kKept, kPacked, kMask, kRebuilt };
 
 /// A storage that the graph reads somehow: what plain LibTorch would hold. A weak reference keeps
 /// the StorageImpl's address from being used again.
-class StorageUse {
+template <class = void>
+class BasicStorageUse {
  public:
-  StorageUse(std::shared_ptr<StorageIndex> index, WeakStorage storage, std::int64_t bytes)
+  BasicStorageUse(std::shared_ptr<StorageIndex> index, WeakStorage storage, std::int64_t bytes)
       : index_(std::move(index)), storage_(std::move(storage)), bytes_(bytes) {}
-  ~StorageUse();
+  ~BasicStorageUse();
 
   /// Autograd saved it; else it only stands between what is held and what is computed from it.
   void note_saved();
@@ -53,19 +56,21 @@ class StorageUse {
   std::int64_t bytes_;
   std::atomic<bool> saved_{false};
 };
+using StorageUse = BasicStorageUse<>;
 
 /// The storage itself, held; its bytes count once however many tensors hold it.
-class HeldStorage {
+template <class = void>
+class BasicHeldStorage {
  public:
-  HeldStorage(c10::Storage storage, std::shared_ptr<SavedTotals> totals)
+  BasicHeldStorage(c10::Storage storage, std::shared_ptr<SavedTotals> totals)
       : storage_(std::move(storage)),
         bytes_(static_cast<std::int64_t>(storage_.nbytes())),
         totals_(std::move(totals)) {
     totals_->held.add(bytes_);
   }
-  ~HeldStorage() { totals_->held.add(-bytes_); }
-  HeldStorage(const HeldStorage&) = delete;
-  HeldStorage& operator=(const HeldStorage&) = delete;
+  ~BasicHeldStorage() { totals_->held.add(-bytes_); }
+  BasicHeldStorage(const BasicHeldStorage&) = delete;
+  BasicHeldStorage& operator=(const BasicHeldStorage&) = delete;
 
   [[nodiscard]] const c10::Storage& storage() const { return storage_; }
 
@@ -74,15 +79,18 @@ class HeldStorage {
   std::int64_t bytes_;
   std::shared_ptr<SavedTotals> totals_;
 };
+using HeldStorage = BasicHeldStorage<>;
 
 /// Values of one storage at one version, held somehow. `storage()` may be called by any thread.
-class Stored {
+template <class = void>
+class BasicStored {
  public:
-  Stored(std::shared_ptr<StorageUse> use, std::int64_t version, at::ScalarType dtype, Extent extent)
+  BasicStored(std::shared_ptr<StorageUse> use, std::int64_t version, at::ScalarType dtype,
+              Extent extent)
       : use_(std::move(use)), version_(version), dtype_(dtype), extent_(std::move(extent)) {}
-  virtual ~Stored() = default;
-  Stored(const Stored&) = delete;
-  Stored& operator=(const Stored&) = delete;
+  virtual ~BasicStored() = default;
+  BasicStored(const BasicStored&) = delete;
+  BasicStored& operator=(const BasicStored&) = delete;
 
   /// Dense; its first value is value `first()` of the original storage.
   [[nodiscard]] virtual c10::Storage storage() = 0;
@@ -109,11 +117,13 @@ class Stored {
   const at::ScalarType dtype_;
   const Extent extent_;
 };
+using Stored = BasicStored<>;
 
 /// All that is held, by storage. Any thread.
-class StorageIndex : public std::enable_shared_from_this<StorageIndex> {
+template <class>
+class BasicStorageIndex : public std::enable_shared_from_this<BasicStorageIndex<>> {
  public:
-  explicit StorageIndex(std::shared_ptr<SavedTotals> totals) : totals_(std::move(totals)) {}
+  explicit BasicStorageIndex(std::shared_ptr<SavedTotals> totals) : totals_(std::move(totals)) {}
 
   [[nodiscard]] SavedTotals& totals() const { return *totals_; }
   [[nodiscard]] const std::shared_ptr<SavedTotals>& shared_totals() const { return totals_; }
@@ -200,7 +210,8 @@ class StorageIndex : public std::enable_shared_from_this<StorageIndex> {
   }
 
  private:
-  friend class StorageUse;
+  template <class>
+  friend class BasicStorageUse;
   struct Entry {
     std::weak_ptr<StorageUse> use;
     std::weak_ptr<HeldStorage> held;
@@ -244,18 +255,21 @@ class StorageIndex : public std::enable_shared_from_this<StorageIndex> {
   PointerMap<Decoding> decoded_;  // what is decoded just now: few
 };
 
-inline void StorageUse::note_saved() {
+template <class T>
+void BasicStorageUse<T>::note_saved() {
   if (!saved_.exchange(true)) index_->totals().plain.add(bytes_);
 }
-inline StorageUse::~StorageUse() {
+template <class T>
+BasicStorageUse<T>::~BasicStorageUse() {
   if (saved_.load()) index_->totals().plain.add(-bytes_);
   index_->forget(key());
 }
 
 /// The storage as it is. What is computed from it again must be before it is written to.
-class Kept final : public Stored {
+template <class = void>
+class BasicKept final : public Stored {
  public:
-  Kept(std::shared_ptr<StorageUse> use, const at::Tensor& tensor, std::int64_t values)
+  BasicKept(std::shared_ptr<StorageUse> use, const at::Tensor& tensor, std::int64_t values)
       : Stored(std::move(use), tensor._version(), tensor.scalar_type(), Extent::whole(values)),
         held_(use_->index()->hold(*use_, tensor.storage())),
         counter_(tensor.unsafeGetTensorImpl()->version_counter()) {}
@@ -303,13 +317,16 @@ class Kept final : public Stored {
   std::vector<std::weak_ptr<Stored>> dependents_;
   std::vector<std::uint64_t> savers_;
 };
+using Kept = BasicKept<>;
 
 /// A payload. While anybody reads what it decompressed to, everybody reads the same copy.
-class Packed final : public Stored, public std::enable_shared_from_this<Packed> {
+template <class = void>
+class BasicPacked final : public Stored, public std::enable_shared_from_this<BasicPacked<>> {
  public:
   /// `borrowed`: the payload is somebody else's (a packed parameter's), its bytes are not ours.
-  Packed(std::shared_ptr<StorageUse> use, std::int64_t version, at::ScalarType dtype, Extent extent,
-         std::shared_ptr<const Payload> payload, bool exact, bool borrowed = false)
+  BasicPacked(std::shared_ptr<StorageUse> use, std::int64_t version, at::ScalarType dtype,
+              Extent extent, std::shared_ptr<const Payload> payload, bool exact,
+              bool borrowed = false)
       : Stored(std::move(use), version, dtype, std::move(extent)),
         payload_(std::move(payload)),
         exact_(exact),
@@ -317,7 +334,7 @@ class Packed final : public Stored, public std::enable_shared_from_this<Packed> 
     use_->index()->totals().held.add(bytes_);
     if (!borrowed) use_->index()->totals().payloads.fetch_add(1, std::memory_order_relaxed);
   }
-  ~Packed() override { use_->index()->totals().held.add(-bytes_); }
+  ~BasicPacked() override { use_->index()->totals().held.add(-bytes_); }
 
   c10::Storage storage() override {
     const std::lock_guard lock(mutex_);
@@ -345,11 +362,13 @@ class Packed final : public Stored, public std::enable_shared_from_this<Packed> 
   std::mutex mutex_;
   WeakStorage dense_{c10::Storage().getWeakStorageImpl()};
 };
+using Packed = BasicPacked<>;
 
 /// What another payload decoded to, saved once more: held by that payload.
-class Decoded final : public Stored {
+template <class = void>
+class BasicDecoded final : public Stored {
  public:
-  Decoded(std::shared_ptr<StorageUse> use, std::shared_ptr<Stored> source)
+  BasicDecoded(std::shared_ptr<StorageUse> use, std::shared_ptr<Stored> source)
       : Stored(std::move(use), /*version=*/0, source->dtype(),
                Extent::whole(source->extent().span)),
         source_(std::move(source)) {}
@@ -361,11 +380,13 @@ class Decoded final : public Stored {
  private:
   const std::shared_ptr<Stored> source_;
 };
+using Decoded = BasicDecoded<>;
 
 /// In the graph: one saved tensor as a view of what is stored.
-class SavedView final : public door::Saved {
+template <class = void>
+class BasicSavedView final : public door::Saved {
  public:
-  SavedView(std::shared_ptr<Stored> stored, StorageView view)
+  BasicSavedView(std::shared_ptr<Stored> stored, StorageView view)
       : stored_(std::move(stored)), view_(std::move(view)) {}
   at::Tensor unpack() override { return stored_->view(view_); }
 
@@ -373,18 +394,20 @@ class SavedView final : public door::Saved {
   const std::shared_ptr<Stored> stored_;
   const StorageView view_;
 };
+using SavedView = BasicSavedView<>;
 
 /// In the graph: a few values out of a large storage, which may go.
-class SavedPiece final : public door::Saved {
+template <class = void>
+class BasicSavedPiece final : public door::Saved {
  public:
-  SavedPiece(const at::Tensor& tensor, std::shared_ptr<StorageUse> use)
+  BasicSavedPiece(const at::Tensor& tensor, std::shared_ptr<StorageUse> use)
       : copy_(tensor.clone(at::MemoryFormat::Contiguous)),
         strides_(tensor.strides()),
         use_(std::move(use)) {
     use_->note_saved();
     use_->index()->totals().held.add(static_cast<std::int64_t>(copy_.nbytes()));
   }
-  ~SavedPiece() override {
+  ~BasicSavedPiece() override {
     use_->index()->totals().held.add(-static_cast<std::int64_t>(copy_.nbytes()));
   }
   at::Tensor unpack() override {
@@ -398,11 +421,13 @@ class SavedPiece final : public door::Saved {
   const c10::DimVector strides_;
   const std::shared_ptr<StorageUse> use_;
 };
+using SavedPiece = BasicSavedPiece<>;
 
 /// In the graph: the tensor itself, detached. The door compares versions.
-class SavedAsIs final : public door::Saved {
+template <class = void>
+class BasicSavedAsIs final : public door::Saved {
  public:
-  explicit SavedAsIs(at::Tensor tensor, std::shared_ptr<Stored> stored = nullptr)
+  explicit BasicSavedAsIs(at::Tensor tensor, std::shared_ptr<Stored> stored = nullptr)
       : tensor_(std::move(tensor)), stored_(std::move(stored)) {}
   at::Tensor unpack() override { return tensor_; }
 
@@ -410,5 +435,6 @@ class SavedAsIs final : public door::Saved {
   const at::Tensor tensor_;
   const std::shared_ptr<Stored> stored_;  // null: not counted
 };
+using SavedAsIs = BasicSavedAsIs<>;
 
 }  // namespace fourfold::inline v0::detail

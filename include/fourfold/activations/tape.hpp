@@ -38,7 +38,8 @@ inline bool is_plain(const at::Tensor& tensor) {
          tensor.storage().nbytes() > 0;
 }
 
-class Tape final : public door::OperatorObserver {
+template <class = void>
+class BasicTape final : public door::OperatorObserver {
  public:
   /// What is known of a storage.
   struct Origin {
@@ -72,7 +73,7 @@ class Tape final : public door::OperatorObserver {
     }
   };
 
-  Tape(std::shared_ptr<StorageIndex> index, std::vector<std::string_view> cheap)
+  BasicTape(std::shared_ptr<StorageIndex> index, std::vector<std::string_view> cheap)
       : index_(std::move(index)), cheap_(std::move(cheap)) {}
 
   bool before(const c10::OperatorHandle& op, const c10::Stack& stack) override {
@@ -281,5 +282,6 @@ class Tape final : public door::OperatorObserver {
   std::size_t depth_ = 0;
   std::uint64_t forward_ = 0, storages_ = 0;
 };
+using Tape = BasicTape<>;
 
 }  // namespace fourfold::inline v0::detail

@@ -94,7 +94,8 @@ std::optional<BitMaskResult> bit_mask_by_kernel(const at::Tensor& flat) {
 }
 
 /// Dense values of a dtype that visit_pattern takes.
-inline BitMaskResult bit_mask_compress(const at::Tensor& values, Isa isa = fourfold::isa()) {
+template <class = void>
+BitMaskResult bit_mask_compress(const at::Tensor& values, Isa isa = fourfold::isa()) {
   const c10::NoGradGuard no_grad;
   const std::int64_t n = values.numel();
   const at::Tensor flat = values.resolve_neg().contiguous().view({-1});
@@ -117,9 +118,9 @@ inline BitMaskResult bit_mask_compress(const at::Tensor& values, Isa isa = fourf
   return result;
 }
 
-inline at::Tensor bit_mask_decompress(const std::vector<at::Tensor>& buffers, at::IntArrayRef sizes,
-                                      std::int64_t n, at::ScalarType dtype,
-                                      Isa isa = fourfold::isa()) {
+template <class = void>
+at::Tensor bit_mask_decompress(const std::vector<at::Tensor>& buffers, at::IntArrayRef sizes,
+                               std::int64_t n, at::ScalarType dtype, Isa isa = fourfold::isa()) {
   const c10::NoGradGuard no_grad;
   const at::Tensor& bits = buffers.at(0);
   const at::Tensor other = buffers.at(1).to(dtype);
@@ -149,9 +150,10 @@ inline at::Tensor bit_mask_decompress(const std::vector<at::Tensor>& buffers, at
 
 }  // namespace detail
 
-class BitMask {
+template <class = void>
+class BasicBitMask {
  public:
-  using Packed = PackedAs<BitMask>;
+  using Packed = PackedAs<BasicBitMask>;
 
   static std::string name() { return "BitMask"; }
 
@@ -189,8 +191,8 @@ class BitMask {
     TORCH_CHECK(0 <= begin && begin <= end && end <= packed.numel(), name(),
                 " was asked for values [", begin, ", ", end, ") of ", packed.numel(),
                 "; ask for a range inside");
-    const auto other = packed.buffers.at(1).item<float>();
-    detail::bits_to_mask(packed.buffers[0].const_data_ptr<std::uint8_t>(), begin, end,
+    const auto other = packed.buffers.at(1).template item<float>();
+    detail::bits_to_mask(packed.buffers[0].template const_data_ptr<std::uint8_t>(), begin, end,
                          std::bit_cast<std::uint32_t>(other), reinterpret_cast<std::uint32_t*>(out),
                          isa());
   }
@@ -205,6 +207,7 @@ class BitMask {
            detail::visit_pattern(values.scalar_type(), [](auto) {});
   }
 };
+using BitMask = BasicBitMask<>;
 
 static_assert(Codec<BitMask> && TileCodec<BitMask>, "BitMask must stay a Codec");
 

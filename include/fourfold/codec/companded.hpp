@@ -61,13 +61,19 @@ class Companded {
   /// A state of zeros, on a CPU.
   [[nodiscard]] Packed zeros(at::IntArrayRef sizes) const;
   /// Rewrites values [begin, end); both are multiples of kTile, or end is numel. Never throws: what
-  /// is not finite becomes a group of NaN.
+  /// is not finite becomes a group of NaN. As compress(), but that a second moment above zero gets
+  /// code 1 at least: up to one step too large, never a zero to divide by.
   void encode(Packed& packed, std::int64_t begin, std::int64_t end, const float* from,
-              const std::optional<Key>& key, Isa isa = fourfold::isa()) const;
+              const std::optional<Key>& key, Isa isa = fourfold::isa()) const {
+    encode_range<true>(packed, begin, end, from, key, isa);
+  }
   void decode(const Packed& packed, std::int64_t begin, std::int64_t end, float* out,
               Isa isa) const;
 
  private:
+  template <bool State>
+  void encode_range(Packed& packed, std::int64_t begin, std::int64_t end, const float* from,
+                    const std::optional<Key>& key, Isa isa) const;
   [[nodiscard]] Packed pack(const at::Tensor& values, const std::optional<Key>& key) const;
   static const Code* codes(const Packed& packed) {
     return packed.buffers[0].template const_data_ptr<Code>();
@@ -88,9 +94,10 @@ typename Companded<Bits, Curve>::Packed Companded<Bits, Curve>::zeros(at::IntArr
 }
 
 template <int Bits, class Curve>
-void Companded<Bits, Curve>::encode(Packed& packed, std::int64_t begin, std::int64_t end,
-                                    const float* from, const std::optional<Key>& key,
-                                    Isa isa) const {
+template <bool State>
+void Companded<Bits, Curve>::encode_range(Packed& packed, std::int64_t begin, std::int64_t end,
+                                          const float* from, const std::optional<Key>& key,
+                                          Isa isa) const {
   Code* to = packed.buffers[0].template mutable_data_ptr<Code>();
   float* scale = packed.buffers[1].template mutable_data_ptr<float>();
   const PhiloxStream stream = philox_stream(key.value_or(Key{}));
@@ -103,7 +110,7 @@ void Companded<Bits, Curve>::encode(Packed& packed, std::int64_t begin, std::int
     const float* group = detail::load_group(from, std::int64_t{0}, n, kTile, padded);
     Code* out = n == kTile ? to + at : tail;
     scale[at / kTile] =
-        companded::detail::encode_group<Curve>(group, out, key ? random : nullptr, isa);
+        companded::detail::encode_group<Curve, State>(group, out, key ? random : nullptr, isa);
     if (n < kTile) std::copy_n(tail, n, to + at);
   }
 }
@@ -163,7 +170,7 @@ typename Companded<Bits, Curve>::Packed Companded<Bits, Curve>::pack(
       for (std::int64_t group = a; group < b; ++group) {
         const std::int64_t begin = group * kTile, size = std::min(kTile, n - begin);
         const float* tile = detail::load_group(from, begin, size, kTile, buffer);
-        encode(packed, begin, begin + size, tile, key);
+        encode_range<false>(packed, begin, begin + size, tile, key, fourfold::isa());
         if (!std::isnan(scale[group])) continue;
         // A stochastic code carries NaN and infinities, but no code the root of a negative value.
         const float* bad = std::find_if(tile, tile + size, [&](float value) {

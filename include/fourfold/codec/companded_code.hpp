@@ -58,6 +58,17 @@ FOURFOLD_HOST_DEVICE inline std::uint8_t encode(Sqrt, float value, float inverse
   return static_cast<std::uint8_t>(static_cast<int>(k) + up);
 }
 
+/// As an optimizer's state: what is above zero does not become zero. A step divides by the root, and
+/// a first moment that is not zero where the second has become so would be divided by eps alone.
+FOURFOLD_HOST_DEVICE inline std::uint8_t encode_state(Sqrt, float value, float inverse_scale,
+                                                      float u) {
+  const std::uint8_t code = encode(Sqrt{}, value, inverse_scale, u);
+  return code == 0 && value > 0 ? std::uint8_t{1} : code;
+}
+FOURFOLD_HOST_DEVICE inline std::int8_t encode_state(Softsign, float value, float scale, float u) {
+  return encode(Softsign{}, value, scale, u);
+}
+
 FOURFOLD_HOST_DEVICE inline float decode(Sqrt, std::uint8_t code, float scale) {
   const float root = static_cast<float>(code) * scale;
   return root * root;

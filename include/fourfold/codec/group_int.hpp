@@ -42,16 +42,18 @@ inline const std::uint32_t* group_words(const at::Tensor& words) {
   return reinterpret_cast<const std::uint32_t*>(words.const_data_ptr<std::int32_t>());
 }
 /// Whether a group's word says that it held a NaN or an infinity.
-inline bool any_nan_word(const at::Tensor& words) {
+template <class = void>
+bool any_nan_word(const at::Tensor& words) {
   constexpr std::uint32_t kNan = kNanWord;
   if (!words.is_cpu()) return words.eq(static_cast<std::int64_t>(kNan)).any().item<bool>();
   const std::uint32_t* first = group_words(words);
   return std::find(first, first + words.numel(), kNan) != first + words.numel();
 }
 
-inline std::vector<at::Tensor> group_int_compress(IntFormat f, const at::Tensor& values,
-                                                  const std::optional<Key>& key,
-                                                  Isa isa = fourfold::isa()) {
+template <class = void>
+std::vector<at::Tensor> group_int_compress(IntFormat f, const at::Tensor& values,
+                                           const std::optional<Key>& key,
+                                           Isa isa = fourfold::isa()) {
   const std::string name = group_int_name(f);
   TORCH_CHECK(values.defined(), name, " was given an undefined tensor; give it values to pack");
   TORCH_CHECK(values.layout() == at::kStrided && (values.is_cpu() || values.is_cuda()), name,
@@ -83,9 +85,10 @@ inline std::vector<at::Tensor> group_int_compress(IntFormat f, const at::Tensor&
   return {std::move(codes), std::move(words)};
 }
 
-inline at::Tensor group_int_decompress(IntFormat f, const std::vector<at::Tensor>& buffers,
-                                       at::IntArrayRef sizes, std::int64_t n, at::ScalarType dtype,
-                                       Isa isa = fourfold::isa()) {
+template <class = void>
+at::Tensor group_int_decompress(IntFormat f, const std::vector<at::Tensor>& buffers,
+                                at::IntArrayRef sizes, std::int64_t n, at::ScalarType dtype,
+                                Isa isa = fourfold::isa()) {
   const at::Tensor& codes = buffers.at(0);
   const at::Tensor& words = buffers.at(1);
   if (codes.is_cuda() && n > 0) return cuda_decompress(f, codes, words, n, dtype).reshape(sizes);
@@ -101,7 +104,8 @@ inline at::Tensor group_int_decompress(IntFormat f, const std::vector<at::Tensor
 
 /// Half a step, what fp32 and the output dtype round, and the distance to the codes where they
 /// saturate (int_code.hpp). Fp32, on the CPU's arithmetic whatever the device.
-inline at::Tensor group_int_error_bound(IntFormat f, const at::Tensor& values) {
+template <class = void>
+at::Tensor group_int_error_bound(IntFormat f, const at::Tensor& values) {
   const c10::NoGradGuard no_grad;
   const at::Tensor input = values.detach().to(at::kCPU, at::kFloat).contiguous();
   const double unit = values.scalar_type() == at::kBFloat16 ? 0x1p-8

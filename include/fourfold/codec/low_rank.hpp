@@ -48,7 +48,8 @@ struct Decomposition {
 };
 
 /// `a` (rows, columns), fp64.
-inline Decomposition decompose(const at::Tensor& a, std::int64_t rank, bool exact) {
+template <class = void>
+Decomposition decompose(const at::Tensor& a, std::int64_t rank, bool exact) {
   const std::int64_t width = rank + kOversampling, smaller = std::min(a.size(0), a.size(1));
   at::Tensor basis, core = a;
   if (!exact && 2 * width < smaller) {
@@ -68,8 +69,9 @@ inline Decomposition decompose(const at::Tensor& a, std::int64_t rank, bool exac
 
 /// The matrix of `values` in fp64, brought to a largest magnitude in [1, 2) by the power of two
 /// that comes with it: no square overflows or is lost.
-inline std::tuple<at::Tensor, double> scaled_matrix(const std::string& name,
-                                                    const at::Tensor& values, std::int64_t rank) {
+template <class = void>
+std::tuple<at::Tensor, double> scaled_matrix(const std::string& name, const at::Tensor& values,
+                                             std::int64_t rank) {
   TORCH_CHECK(values.defined(), name, " was given an undefined tensor; give it values to pack");
   TORCH_CHECK(values.layout() == at::kStrided && (values.is_cpu() || values.is_cuda()), name,
               " packs dense tensors on a CPU or a CUDA device, but was given a ", values.layout(),
@@ -97,8 +99,9 @@ inline std::tuple<at::Tensor, double> scaled_matrix(const std::string& name,
   return {matrix.div(scale), scale};
 }
 
-inline std::vector<at::Tensor> compress(const std::string& name, const at::Tensor& values,
-                                        std::int64_t rank, bool exact) {
+template <class = void>
+std::vector<at::Tensor> compress(const std::string& name, const at::Tensor& values,
+                                 std::int64_t rank, bool exact) {
   const c10::NoGradGuard no_grad;
   const auto [matrix, scale] = scaled_matrix(name, values, rank);
   const Decomposition found = decompose(matrix, rank, exact);
@@ -109,7 +112,8 @@ inline std::vector<at::Tensor> compress(const std::string& name, const at::Tenso
 }
 
 /// The unit roundoff of a dtype and half of its smallest positive value.
-inline std::tuple<double, double> roundoff(at::ScalarType dtype) {
+template <class = void>
+std::tuple<double, double> roundoff(at::ScalarType dtype) {
   switch (dtype) {
     case at::kDouble: return {0x1p-53, 0.0};
     case at::kFloat: return {0x1p-24, 0x1p-150};
@@ -124,8 +128,8 @@ inline std::tuple<double, double> roundoff(at::ScalarType dtype) {
 /// columns) 2^-53 of |A|^2: the backward error of QR and SVD), what the factors' dtype rounds in
 /// each factor, by Cauchy's inequality on a row of left and a column of right, what the product
 /// rounds (gamma_R), and what the output's dtype rounds.
-inline at::Tensor error_bound(const std::string& name, const at::Tensor& values,
-                              std::int64_t rank) {
+template <class = void>
+at::Tensor error_bound(const std::string& name, const at::Tensor& values, std::int64_t rank) {
   const c10::NoGradGuard no_grad;
   const auto [matrix, scale] = scaled_matrix(name, values, rank);
   const Decomposition found = decompose(matrix, rank, /*exact=*/false);

@@ -26,7 +26,8 @@ namespace fourfold::inline v0 {
 namespace detail::packed {
 
 /// The formats that have a packed product in kernels/, by the codec's name.
-inline std::optional<FourfoldFormat> kernel_format(const Payload& weight) {
+template <class = void>
+std::optional<FourfoldFormat> kernel_format(const Payload& weight) {
   const std::string codec = weight.codec();
   if (codec == "Int8") return FourfoldFormat{.kind = 0, .bits = 8, .group = 128, .symmetric = 0};
   if (codec == "Int4") return FourfoldFormat{.kind = 0, .bits = 4, .group = 64, .symmetric = 0};
@@ -44,8 +45,9 @@ inline constexpr std::int64_t kFewRowsOfFactors = 16;
 
 /// x (rows_x, columns) V^T U^T to `out` (rows_x, rows) in one launch. False where no kernel takes
 /// it.
-inline bool multiply_factors_by_kernel(const at::Tensor& matrix, const at::Tensor& left,
-                                       const at::Tensor& right, const at::Tensor& out) {
+template <class = void>
+bool multiply_factors_by_kernel(const at::Tensor& matrix, const at::Tensor& left,
+                                const at::Tensor& right, const at::Tensor& out) {
   const at::Tensor u = left.contiguous(), v = right.contiguous();
   return cuda::run_kernel(
       matrix, [&](const FourfoldKernels& kernels, FourfoldDtype dtype, void* stream) {
@@ -56,8 +58,9 @@ inline bool multiply_factors_by_kernel(const at::Tensor& matrix, const at::Tenso
 }
 
 /// False where no kernel takes it.
-inline bool multiply_by_kernel(const at::Tensor& matrix, const Payload& weight, bool transposed,
-                               const at::Tensor& out) {
+template <class = void>
+bool multiply_by_kernel(const at::Tensor& matrix, const Payload& weight, bool transposed,
+                        const at::Tensor& out) {
   const auto format = kernel_format(weight);
   const at::IntArrayRef sizes = weight.sizes();
   // A range of a larger payload has that one's buffers: its codes do not begin with the first byte.
@@ -72,8 +75,9 @@ inline bool multiply_by_kernel(const at::Tensor& matrix, const Payload& weight, 
       });
 }
 
-inline at::Tensor product(const char* what, const at::Tensor& x, const Payload& weight,
-                          bool transposed, Isa isa) {
+template <class = void>
+at::Tensor product(const char* what, const at::Tensor& x, const Payload& weight, bool transposed,
+                   Isa isa) {
   const at::IntArrayRef sizes = weight.sizes();
   TORCH_CHECK(sizes.size() == 2, what, " multiplies by a packed matrix, but the weight has sizes ",
               sizes, "; flatten it to 2 dimensions before it is packed, or decompress it");
@@ -111,7 +115,7 @@ inline at::Tensor product(const char* what, const at::Tensor& x, const Payload& 
     return at::matmul(values, transposed ? dense.t() : dense);
   }
   if (x.scalar_type() == at::kFloat && rows <= kFewRows) {
-    const auto few = transposed ? multiply_rows_transposed : multiply_rows;
+    const auto few = transposed ? multiply_rows_transposed<> : multiply_rows<>;
     few(isa, matrix.const_data_ptr<float>(), rows, weight, out.mutable_data_ptr<float>());
   } else if (x.scalar_type() == at::kDouble) {
     multiply_tiles<double>(isa, matrix, weight, transposed, out);
@@ -124,12 +128,14 @@ inline at::Tensor product(const char* what, const at::Tensor& x, const Payload& 
 }  // namespace detail::packed
 
 /// x W^T: x (..., K), weight (N, K) -> (..., N).
-[[nodiscard]] inline at::Tensor packed_linear(const at::Tensor& x, const Payload& weight) {
+template <class = void>
+[[nodiscard]] at::Tensor packed_linear(const at::Tensor& x, const Payload& weight) {
   return detail::packed::product("packed_linear", x, weight, /*transposed=*/true, isa());
 }
 
 /// x W: x (..., N), weight (N, K) -> (..., K). Also packed_linear's gradient with respect to x.
-[[nodiscard]] inline at::Tensor packed_matmul(const at::Tensor& x, const Payload& weight) {
+template <class = void>
+[[nodiscard]] at::Tensor packed_matmul(const at::Tensor& x, const Payload& weight) {
   return detail::packed::product("packed_matmul", x, weight, /*transposed=*/false, isa());
 }
 

@@ -19,6 +19,7 @@ struct PointerNode {
 };
 
 /// Chains of nodes that others make and delete. Any thread, one at a time.
+template <class = void>
 class PointerTable {
  public:
   [[nodiscard]] std::size_t size() const { return size_; }
@@ -153,7 +154,7 @@ class PointerMap {
     return node == nullptr ? nullptr : &static_cast<Node*>(node)->value;
   }
 
-  detail::PointerTable table_;
+  detail::PointerTable<> table_;
 };
 
 }  // namespace fourfold::inline v0

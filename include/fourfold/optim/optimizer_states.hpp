@@ -19,7 +19,8 @@ struct OptimizerStates {
 namespace optim {
 
 /// torch::optim::AdamW, whose moments the ledger finds in their place. Bit for bit the same.
-class PlainAdamW final : public ::torch::optim::AdamW {
+template <class = void>
+class BasicPlainAdamW final : public ::torch::optim::AdamW {
  public:
   using AdamW::AdamW;
 
@@ -41,6 +42,7 @@ class PlainAdamW final : public ::torch::optim::AdamW {
  private:
   std::size_t counted_ = 0;
 };
+using PlainAdamW = BasicPlainAdamW<>;
 
 }  // namespace optim
 

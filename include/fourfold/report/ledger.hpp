@@ -41,20 +41,22 @@ struct Ledger {
     return places[static_cast<std::size_t>(place)];
   }
 
+  template <class = void>
   [[nodiscard]] std::string to_json() const;
 };
 
 namespace detail {
 
-inline std::string mib(std::int64_t bytes) {
+template <class = void>
+std::string mib(std::int64_t bytes) {
   char text[32];
   std::snprintf(text, sizeof text, "%.1f", static_cast<double>(bytes) / (1 << 20));
   return text;
 }
 
 /// "name        1.0        2.0        3.0": 24 characters, then 12 for each number.
-inline void ledger_row(std::ostream& out, std::string_view name,
-                       const std::vector<std::string>& cells) {
+template <class = void>
+void ledger_row(std::ostream& out, std::string_view name, const std::vector<std::string>& cells) {
   out << name << std::string(name.size() < 24 ? 24 - name.size() : 1, ' ');
   for (const std::string& cell : cells)
     out << std::string(cell.size() < 12 ? 12 - cell.size() : 1, ' ') << cell;
@@ -62,7 +64,8 @@ inline void ledger_row(std::ostream& out, std::string_view name,
 }
 
 /// A JSON string, quoted; control characters escaped, UTF-8 passed through (RFC 8259, section 7).
-inline std::string json_string(std::string_view text) {
+template <class = void>
+std::string json_string(std::string_view text) {
   std::string out = "\"";
   for (const char c : text) {
     if (c == '"' || c == '\\') {
@@ -78,7 +81,8 @@ inline std::string json_string(std::string_view text) {
   return out + '"';
 }
 
-inline std::string json_bytes(const PeakBytes& bytes) {
+template <class = void>
+std::string json_bytes(const PeakBytes& bytes) {
   return "{\"current\": " + std::to_string(bytes.current) +
          ", \"peak\": " + std::to_string(bytes.peak) +
          ", \"total\": " + std::to_string(bytes.total) + "}";
@@ -86,7 +90,8 @@ inline std::string json_bytes(const PeakBytes& bytes) {
 
 }  // namespace detail
 
-inline std::ostream& operator<<(std::ostream& out, const Ledger& ledger) {
+template <class = void>
+std::ostream& operator<<(std::ostream& out, const Ledger& ledger) {
   using detail::ledger_row, detail::mib;
   ledger_row(out, "MiB", {"now", "at peak", "own peak"});
   for (std::size_t i = 0; i < kPlaces; ++i) {
@@ -110,7 +115,8 @@ inline std::ostream& operator<<(std::ostream& out, const Ledger& ledger) {
   return out;
 }
 
-inline std::string Ledger::to_json() const {
+template <class>
+std::string Ledger::to_json() const {
   std::string out = "{\"bytes\": " + detail::json_bytes(bytes) + ", \"places\": {";
   for (std::size_t i = 0; i < kPlaces; ++i) {
     const PlaceBytes& place = places[i];

@@ -28,10 +28,11 @@
 
 namespace fourfold::inline v0 {
 
-class Meter {
+template <class = void>
+class BasicMeter {
  public:
   /// From here on CPU tensors are counted. Throws where another CPU allocator cannot be replaced.
-  Meter() { door::install_allocator(); }
+  BasicMeter() { door::install_allocator(); }
 
   /// Counts what `tensors` stand on to `place`. Storages older than the counting are taken in and
   /// followed by weak references, so a meter made late agrees with one made as the first line of
@@ -128,5 +129,6 @@ class Meter {
     return 0;
   }
 };
+using Meter = BasicMeter<>;
 
 }  // namespace fourfold::inline v0

@@ -44,7 +44,8 @@
 namespace fourfold::door {
 
 /// One in a process, never destroyed: tensors may outlive main.
-class [[gnu::visibility("default")]] CountingAllocator final : public c10::Allocator {
+template <class = void>
+class [[gnu::visibility("default")]] BasicCountingAllocator final : public c10::Allocator {
  public:
   static constexpr std::uint32_t kAbi = 3;  ///< changes with this class, its counters and its arena
   static constexpr const char* kName = "allocator";
@@ -107,11 +108,16 @@ class [[gnu::visibility("default")]] CountingAllocator final : public c10::Alloc
   ByteCounters counters_;
   BlockArena arena_;
 };
+using CountingAllocator = BasicCountingAllocator<>;
 
 /// The one allocator of this process, installed or not.
-inline CountingAllocator& counting_allocator() { return door_state<CountingAllocator>(); }
+template <class T = void>
+CountingAllocator& counting_allocator() {
+  return door_state<BasicCountingAllocator<T>>();
+}
 
-inline c10::DataPtr CountingAllocator::allocate(std::size_t nbytes) {
+template <class T>
+c10::DataPtr BasicCountingAllocator<T>::allocate(std::size_t nbytes) {
   const c10::Device cpu(c10::DeviceType::CPU);
   if (nbytes == 0) return {nullptr, nullptr, deleter_, cpu};
   char* base = nullptr;
@@ -153,7 +159,8 @@ inline c10::DataPtr CountingAllocator::allocate(std::size_t nbytes) {
   return {data, data, deleter_, cpu};
 }
 
-inline void CountingAllocator::free_block(void* data) {
+template <class T>
+void BasicCountingAllocator<T>::free_block(void* data) {
   if (!data) return;
   CountingAllocator& self = counting_allocator();
   Header& header = header_of(data);
@@ -170,7 +177,8 @@ inline void CountingAllocator::free_block(void* data) {
 /// Makes LibTorch allocate here, from now on and for the whole process; once is enough, more does
 /// nothing. Not to be called while another thread allocates for the first time (c10::SetAllocator
 /// is not thread-safe): the first line of main is the place.
-inline CountingAllocator& install_allocator() {
+template <class = void>
+CountingAllocator& install_allocator() {
   CountingAllocator& ours = counting_allocator();
   c10::Allocator* const before = c10::GetCPUAllocator();
   if (before == &ours) return ours;
@@ -192,11 +200,15 @@ inline CountingAllocator& install_allocator() {
       "make the fourfold::Meter or pipeline first");
   return ours;
 }
-[[nodiscard]] inline bool allocator_installed() {
+template <class = void>
+[[nodiscard]] bool allocator_installed() {
   return c10::GetCPUAllocator() == &counting_allocator();
 }
 
-inline ByteCounters& counters() { return counting_allocator().counters(); }
+template <class = void>
+ByteCounters& counters() {
+  return counting_allocator().counters();
+}
 
 namespace detail {
 
@@ -216,7 +228,8 @@ bool any_storage(const at::Tensor& tensor, const Visit& visit) {
 
 /// Counts the storage's bytes to another place from now on. Returns whether it is counted at all:
 /// one that is neither ours nor adopted is left alone.
-inline bool retag(const c10::Storage& storage, Place place) {
+template <class = void>
+bool retag(const c10::Storage& storage, Place place) {
   c10::StorageImpl* const impl = storage.unsafeGetStorageImpl();
   if (!impl) return false;
   // Without checks: a packed parameter's storage has no data, and reading it would throw.
@@ -225,7 +238,8 @@ inline bool retag(const c10::Storage& storage, Place place) {
   return ours.retag(block, place) || ours.counters().move_adopted(impl, place);
 }
 /// Likewise for what a tensor stands on; of a sparse COO tensor its indices and values.
-inline bool retag(const at::Tensor& tensor, Place place) {
+template <class = void>
+bool retag(const at::Tensor& tensor, Place place) {
   return detail::any_storage(tensor,
                              [place](const c10::Storage& one) { return retag(one, place); });
 }
@@ -234,7 +248,8 @@ inline bool retag(const at::Tensor& tensor, Place place) {
 /// reference; one that is counted already is only moved to `place`. Returns whether it is counted:
 /// storages elsewhere, and those without data (packed parameters: adopt their payload's buffers),
 /// are left alone.
-inline bool adopt(const c10::Storage& storage, Place place) {
+template <class = void>
+bool adopt(const c10::Storage& storage, Place place) {
   if (retag(storage, place)) return true;
   c10::StorageImpl* const impl = storage.unsafeGetStorageImpl();
   if (!impl || impl->device_type() != c10::DeviceType::CPU || impl->nbytes() == 0 ||
@@ -243,7 +258,8 @@ inline bool adopt(const c10::Storage& storage, Place place) {
   counters().adopt(storage.getWeakStorageImpl(), place);
   return true;
 }
-inline bool adopt(const at::Tensor& tensor, Place place) {
+template <class = void>
+bool adopt(const at::Tensor& tensor, Place place) {
   return detail::any_storage(tensor,
                              [place](const c10::Storage& one) { return adopt(one, place); });
 }

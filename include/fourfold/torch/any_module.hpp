@@ -50,9 +50,10 @@ static_assert(sizeof(AnyShape) == sizeof(torch::nn::AnyModuleHolder<ShapeProbe, 
                   sizeof(std::shared_ptr<void>) == sizeof(std::shared_ptr<ShapeProbe>),
               "torch::nn::AnyModuleHolder has changed: see how AnyModule::get<T>() reads it");
 
-class InterceptedModule final : public AnyShape {
+template <class = void>
+class BasicInterceptedModule final : public AnyShape {
  public:
-  InterceptedModule(std::shared_ptr<AnyModulePlaceholder> inner, AnyInterceptor interceptor)
+  BasicInterceptedModule(std::shared_ptr<AnyModulePlaceholder> inner, AnyInterceptor interceptor)
       : AnyShape(inner->type_info), inner_(std::move(inner)), interceptor_(std::move(interceptor)) {
     void* raw = nullptr;  // what the replaced holder's shared_ptr points to: a T*, not a Module*
     std::memcpy(&raw, reinterpret_cast<const char*>(inner_.get()) + sizeof(AnyModulePlaceholder),
@@ -67,7 +68,7 @@ class InterceptedModule final : public AnyShape {
   std::shared_ptr<torch::nn::Module> ptr() override { return inner_->ptr(); }
   /// A copy of the handle to the same module goes the same way; a clone of the module does not.
   std::unique_ptr<AnyModulePlaceholder> copy() const override {
-    return std::make_unique<InterceptedModule>(inner_, interceptor_);
+    return std::make_unique<BasicInterceptedModule>(inner_, interceptor_);
   }
   std::unique_ptr<AnyModulePlaceholder> clone_module(
       std::optional<at::Device> device) const override {
@@ -79,13 +80,15 @@ class InterceptedModule final : public AnyShape {
   std::shared_ptr<AnyModulePlaceholder> inner_;
   AnyInterceptor interceptor_;
 };
+using InterceptedModule = BasicInterceptedModule<>;
 
 }  // namespace detail
 
 /// From now on `module`'s forward goes through `interceptor`. Its name, its type, ptr(), get<T>()
 /// and clone() are as before. Does nothing, and returns false, where it does so already or is
 /// empty.
-inline bool intercept(torch::nn::AnyModule& module, AnyInterceptor interceptor) {
+template <class = void>
+bool intercept(torch::nn::AnyModule& module, AnyInterceptor interceptor) {
   auto& content = detail::content_of(module);
   if (content == nullptr || dynamic_cast<detail::InterceptedModule*>(content.get()) != nullptr)
     return false;
@@ -94,7 +97,8 @@ inline bool intercept(torch::nn::AnyModule& module, AnyInterceptor interceptor) 
 }
 
 /// Takes it back; false where there was none.
-inline bool release(torch::nn::AnyModule& module) {
+template <class = void>
+bool release(torch::nn::AnyModule& module) {
   auto& content = detail::content_of(module);
   const auto* ours = dynamic_cast<detail::InterceptedModule*>(content.get());
   if (ours == nullptr) return false;

@@ -22,7 +22,8 @@ namespace fourfold::door {
 
 /// Per device type: whether autocast is on and to which dtype; and whether casts of leaves are
 /// cached.
-struct AutocastState {
+template <class = void>
+struct BasicAutocastState {
   static constexpr std::array kDevices{c10::DeviceType::CPU, c10::DeviceType::CUDA,
                                        c10::DeviceType::XPU, c10::DeviceType::MPS,
                                        c10::DeviceType::PrivateUse1};
@@ -35,8 +36,8 @@ struct AutocastState {
   bool cache = true;
 
   /// This thread's.
-  [[nodiscard]] static AutocastState current() {
-    AutocastState state;
+  [[nodiscard]] static BasicAutocastState current() {
+    BasicAutocastState state;
     for (std::size_t i = 0; i < kDevices.size(); ++i)
       state.devices[i] = {at::autocast::is_autocast_enabled(kDevices[i]),
                           at::autocast::get_autocast_dtype(kDevices[i])};
@@ -57,8 +58,9 @@ struct AutocastState {
       if (device.enabled) return true;
     return false;
   }
-  friend bool operator==(const AutocastState&, const AutocastState&) = default;
+  friend bool operator==(const BasicAutocastState&, const BasicAutocastState&) = default;
 };
+using AutocastState = BasicAutocastState<>;
 
 /// This thread's autocast is `state` while it lives, and what it was before afterwards.
 class [[nodiscard]] AutocastGuard {

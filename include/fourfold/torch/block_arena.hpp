@@ -34,9 +34,11 @@ struct ArenaLimits {
 };
 
 /// Thread-safe. All sizes are bytes, and multiples of page() where they name ranges.
-class BlockArena {
+template <class = void>
+class BasicBlockArena {
  public:
-  explicit BlockArena(ArenaLimits limits = {}) : limits_(limits), allowance_(limits.allowance) {
+  explicit BasicBlockArena(ArenaLimits limits = {})
+      : limits_(limits), allowance_(limits.allowance) {
     ranges_.reserve(1024);
   }
 
@@ -215,5 +217,6 @@ class BlockArena {
   std::uint64_t clock_ = 0;
   std::vector<Range> ranges_;  // free, by address, no two adjacent
 };
+using BlockArena = BasicBlockArena<>;
 
 }  // namespace fourfold::door

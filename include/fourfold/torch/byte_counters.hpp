@@ -47,7 +47,8 @@ class [[gnu::visibility("default")]] BytesObserver {
 /// of one instant. Storages that are not the allocator's own are adopted and followed by weak
 /// references: a dead one is dropped before anything is read and before a new peak is believed, so
 /// no peak counts bytes that were gone.
-class ByteCounters {
+template <class = void>
+class BasicByteCounters {
  public:
   void add(const void* block, std::int64_t bytes, Place place) {
     std::vector<Adopted> dead;  // let go after the lock
@@ -188,5 +189,6 @@ class ByteCounters {
   std::int64_t observed_peak_ = 0;     // the most that lived since it is told
   PointerMap<Adopted> adopted_;
 };
+using ByteCounters = BasicByteCounters<>;
 
 }  // namespace fourfold::door

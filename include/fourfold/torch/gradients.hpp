@@ -41,12 +41,13 @@ struct GradientCall {
 };
 
 /// Our tenant of a leaf's slot: whoever stood there before, then all that after_gradients() added.
-class [[gnu::visibility("default")]] GradientChain final
+template <class = void>
+class [[gnu::visibility("default")]] BasicGradientChain final
     : public torch::autograd::PostAccumulateGradHook {
  public:
   using Hook = torch::autograd::PostAccumulateGradHook;
 
-  explicit GradientChain(std::unique_ptr<Hook> before) : before_(std::move(before)) {}
+  explicit BasicGradientChain(std::unique_ptr<Hook> before) : before_(std::move(before)) {}
 
   void operator()(const at::Tensor& leaf) override {
     if (before_) (*before_)(leaf);
@@ -65,34 +66,39 @@ class [[gnu::visibility("default")]] GradientChain final
   std::unique_ptr<Hook> before_;
   std::vector<std::shared_ptr<GradientCall>> calls_;
 };
+using GradientChain = BasicGradientChain<>;
 
 /// The chain in the leaf's slot, or null where something else, or nothing, stands there.
-inline GradientChain* gradient_chain(const at::Tensor& leaf) {
+template <class = void>
+GradientChain* gradient_chain(const at::Tensor& leaf) {
   if (!torch::autograd::impl::get_autograd_meta(leaf)) return nullptr;
   return dynamic_cast<GradientChain*>(torch::autograd::impl::post_acc_grad_hooks(leaf).get());
 }
 
 }  // namespace detail
 
-class GradientHooks;
+template <class = void>
+class BasicGradientHooks;
+using GradientHooks = BasicGradientHooks<>;
 template <class = void>
 GradientHooks after_gradients(at::TensorList leaves, AfterGradient after);
 
 /// Keeps the hooks of one after_gradients() in place until it dies or remove() is called. Not to be
 /// removed while another thread runs a backward over the same leaves.
-class [[nodiscard]] GradientHooks {
+template <class>
+class [[nodiscard]] BasicGradientHooks {
  public:
-  GradientHooks() = default;
-  GradientHooks(GradientHooks&& other) noexcept
+  BasicGradientHooks() = default;
+  BasicGradientHooks(BasicGradientHooks&& other) noexcept
       : call_(std::move(other.call_)), leaves_(std::move(other.leaves_)) {}
-  GradientHooks& operator=(GradientHooks&& other) noexcept {
+  BasicGradientHooks& operator=(BasicGradientHooks&& other) noexcept {
     if (this != &other) {
       remove();
       call_ = std::move(other.call_), leaves_ = std::move(other.leaves_);
     }
     return *this;
   }
-  ~GradientHooks() { remove(); }
+  ~BasicGradientHooks() { remove(); }
 
   /// Each leaf's slot is as it was before, unless others have put themselves there since: what they
   /// wrapped of ours stays, and does nothing.
@@ -115,7 +121,7 @@ class [[nodiscard]] GradientHooks {
 
  private:
   template <class>
-  friend GradientHooks after_gradients(at::TensorList, AfterGradient);
+  friend BasicGradientHooks after_gradients(at::TensorList, AfterGradient);
   using WeakLeaf = c10::weak_intrusive_ptr<at::TensorImpl, c10::UndefinedTensorImpl>;
 
   std::shared_ptr<detail::GradientCall> call_;

@@ -23,13 +23,15 @@ inline int current_graph_task() { return torch::autograd::get_current_graph_task
 inline std::uint64_t nodes_made() { return at::sequence_number::peek(); }
 
 /// Runs `callback` when the pass ends without an error; only inside one.
-inline void at_end_of_graph_task(std::function<void()> callback) {
+template <class = void>
+void at_end_of_graph_task(std::function<void()> callback) {
   torch::autograd::Engine::get_default_engine().queue_callback(std::move(callback));
 }
 
 /// The values of `tensor` as another tensor that asks for gradients: a leaf, or in the middle of a
 /// graph whose other side is not there (so that it may be written to in place, as a leaf may not).
-inline at::Tensor with_gradient(const at::Tensor& tensor, bool leaf) {
+template <class = void>
+at::Tensor with_gradient(const at::Tensor& tensor, bool leaf) {
   at::Tensor result;
   {
     const at::NoGradGuard no_grad;

@@ -17,11 +17,12 @@ namespace fourfold::door {
 
 namespace detail {
 
-class KnownGradientsBackward final : public Node {
+template <class = void>
+class BasicKnownGradientsBackward final : public Node {
  public:
-  KnownGradientsBackward(const char* name, at::Tensor factor,
-                         ::torch::autograd::variable_list gradients,
-                         std::vector<at::ScalarType> dtypes)
+  BasicKnownGradientsBackward(const char* name, at::Tensor factor,
+                              ::torch::autograd::variable_list gradients,
+                              std::vector<at::ScalarType> dtypes)
       : name_(name),
         factor_(std::move(factor)),
         gradients_(std::move(gradients)),
@@ -65,6 +66,7 @@ class KnownGradientsBackward final : public Node {
   const std::vector<at::ScalarType> dtypes_;
   bool last_ = false, released_ = false;
 };
+using KnownGradientsBackward = BasicKnownGradientsBackward<>;
 
 }  // namespace detail
 

@@ -19,9 +19,10 @@ using Adjoint = std::function<at::Tensor(const at::Tensor& gradient)>;
 
 namespace detail {
 
-class LinearMapBackward final : public Node {
+template <class = void>
+class BasicLinearMapBackward final : public Node {
  public:
-  LinearMapBackward(const char* name, Adjoint adjoint)
+  BasicLinearMapBackward(const char* name, Adjoint adjoint)
       : name_(name), adjoint_(std::move(adjoint)) {}
   std::string name() const override { return name_; }
 
@@ -34,13 +35,14 @@ class LinearMapBackward final : public Node {
   const char* name_;
   Adjoint adjoint_;
 };
+using LinearMapBackward = BasicLinearMapBackward<>;
 
 }  // namespace detail
 
 /// map(x), which autograd knows by its adjoint alone.
-inline at::Tensor linear_map(const char* name, const at::Tensor& x,
-                             c10::function_ref<at::Tensor(const at::Tensor& x)> map,
-                             Adjoint adjoint) {
+template <class = void>
+at::Tensor linear_map(const char* name, const at::Tensor& x,
+                      c10::function_ref<at::Tensor(const at::Tensor& x)> map, Adjoint adjoint) {
   TORCH_CHECK_NOT_IMPLEMENTED(!::torch::autograd::isFwGradDefined(x), name,
                               " has no forward-mode derivative; use backward, or "
                               "fourfold::decompress(module) first");

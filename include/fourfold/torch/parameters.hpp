@@ -36,19 +36,19 @@ void register_packed_kernels() {
               "with RTLD_LOCAL), or a test of LibTorch's. Keep one of the two");
   parameters_state().registrations.push_back(
       std::make_shared<c10::RegistrationHandleRAII>(dispatcher.registerFallback(
-          kPackedKey, c10::KernelFunction::makeFromBoxedFunction<&packed_fallback>(),
+          kPackedKey, c10::KernelFunction::makeFromBoxedFunction<&packed_fallback<>>(),
           "fourfold/torch/parameters.hpp")));
-  register_packed_kernel("aten::mm", "", &mm);
-  register_packed_kernel("aten::mv", "", &mv);
-  register_packed_kernel("aten::addmm", "", &addmm);
-  register_packed_kernel("aten::bmm", "", &bmm);
-  register_packed_kernel("aten::convolution", "", &convolution_kernel);
-  register_packed_kernel("aten::embedding", "", &embedding);
-  register_packed_kernel("aten::clone", "", &clone);
-  register_packed_kernel("aten::_to_copy", "", &to_copy);
-  register_packed_kernel("aten::to", "device", &to_device);
-  register_packed_kernel("aten::set_", "source_Tensor", &set_source);
-  register_packed_kernel("aten::requires_grad_", "", &require_gradient);
+  register_packed_kernel("aten::mm", "", &mm<>);
+  register_packed_kernel("aten::mv", "", &mv<>);
+  register_packed_kernel("aten::addmm", "", &addmm<>);
+  register_packed_kernel("aten::bmm", "", &bmm<>);
+  register_packed_kernel("aten::convolution", "", &convolution_kernel<>);
+  register_packed_kernel("aten::embedding", "", &embedding<>);
+  register_packed_kernel("aten::clone", "", &clone<>);
+  register_packed_kernel("aten::_to_copy", "", &to_copy<>);
+  register_packed_kernel("aten::to", "device", &to_device<>);
+  register_packed_kernel("aten::set_", "source_Tensor", &set_source<>);
+  register_packed_kernel("aten::requires_grad_", "", &require_gradient<>);
   install_frozen_hooks();
 }
 
@@ -79,7 +79,8 @@ template <class = void>
 namespace fourfold::inline v0 {
 
 /// Plain values of a tensor that is held packed (a view or a whole one); any other tensor itself.
-[[nodiscard]] inline at::Tensor decompress(const at::Tensor& tensor) {
+template <class = void>
+[[nodiscard]] at::Tensor decompress(const at::Tensor& tensor) {
   return door::is_packed(tensor) ? door::dense_of(tensor) : tensor;
 }
 

@@ -23,15 +23,17 @@ struct ConvolutionShape {
 
 namespace detail {
 
-inline at::Tensor convolve(const at::Tensor& x, const at::Tensor& weight,
-                           const ConvolutionShape& shape, std::int64_t groups) {
+template <class = void>
+at::Tensor convolve(const at::Tensor& x, const at::Tensor& weight, const ConvolutionShape& shape,
+                    std::int64_t groups) {
   return at::convolution(x, weight, {}, shape.stride, shape.padding, shape.dilation,
                          shape.transposed, shape.output_padding, groups);
 }
 
 /// Rows [first, last) of W, dense.
-inline at::Tensor weight_rows(const std::shared_ptr<const Payload>& weight, std::int64_t first,
-                              std::int64_t last) {
+template <class = void>
+at::Tensor weight_rows(const std::shared_ptr<const Payload>& weight, std::int64_t first,
+                       std::int64_t last) {
   std::vector<std::int64_t> sizes = weight->sizes().vec();
   const std::int64_t row = numel(*weight) / sizes[0];
   sizes[0] = last - first;
@@ -40,9 +42,9 @@ inline at::Tensor weight_rows(const std::shared_ptr<const Payload>& weight, std:
 }
 
 /// x (B, in, ...), weight (out, in / groups, ...), or (in, out / groups, ...) where transposed.
-inline at::Tensor plain_convolution(const at::Tensor& x,
-                                    const std::shared_ptr<const Payload>& weight,
-                                    const ConvolutionShape& shape) {
+template <class = void>
+at::Tensor plain_convolution(const at::Tensor& x, const std::shared_ptr<const Payload>& weight,
+                             const ConvolutionShape& shape) {
   const std::int64_t rows = weight->sizes()[0], in_group = rows / shape.groups;
   const std::int64_t row = numel(*weight) / rows;
   const std::int64_t most =
@@ -80,8 +82,9 @@ inline at::Tensor plain_convolution(const at::Tensor& x,
   return at::cat(made, 1);
 }
 
-inline ConvolutionShape transpose_of(const ConvolutionShape& shape, at::IntArrayRef x,
-                                     at::IntArrayRef y, at::IntArrayRef weight) {
+template <class = void>
+ConvolutionShape transpose_of(const ConvolutionShape& shape, at::IntArrayRef x, at::IntArrayRef y,
+                              at::IntArrayRef weight) {
   ConvolutionShape back = shape;
   back.transposed = !shape.transposed;
   // The positions of x that the strides left over belong to no window; they get zeros.
@@ -93,8 +96,9 @@ inline ConvolutionShape transpose_of(const ConvolutionShape& shape, at::IntArray
   return back;
 }
 
-inline at::Tensor convolution(const at::Tensor& x, const std::shared_ptr<const Payload>& weight,
-                              const ConvolutionShape& shape) {
+template <class = void>
+at::Tensor convolution(const at::Tensor& x, const std::shared_ptr<const Payload>& weight,
+                       const ConvolutionShape& shape) {
   return linear_map(
       "PackedConvolutionBackward", x,
       [&](const at::Tensor& plain) { return plain_convolution(plain, weight, shape); },
@@ -105,8 +109,9 @@ inline at::Tensor convolution(const at::Tensor& x, const std::shared_ptr<const P
 }
 
 /// Two convolutions, one for each factor; both differentiable by LibTorch.
-inline at::Tensor factorised_convolution(const at::Tensor& x, const Payload& weight,
-                                         const ConvolutionShape& shape) {
+template <class = void>
+at::Tensor factorised_convolution(const at::Tensor& x, const Payload& weight,
+                                  const ConvolutionShape& shape) {
   const std::size_t spatial = shape.stride.size();
   const at::Tensor left = weight.buffers()[0].to(x.scalar_type());   // (rows, R)
   const at::Tensor right = weight.buffers()[1].to(x.scalar_type());  // (R, columns)

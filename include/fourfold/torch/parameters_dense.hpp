@@ -24,13 +24,15 @@ namespace fourfold::door {
 
 /// A packed tensor takes no gradient. Where requires_grad was turned on past requires_grad_ (by
 /// set_requires_grad), the next operator says so.
-inline void check_frozen(const at::Tensor& packed, const PackedHolder& holder) {
+template <class = void>
+void check_frozen(const at::Tensor& packed, const PackedHolder& holder) {
   if (packed.requires_grad() && at::GradMode::is_enabled())
     refuse_gradient(packed, *holder.payload());
 }
 
 /// Plain values of a packed tensor, view or whole, for reading.
-inline at::Tensor dense_of(const at::Tensor& packed) {
+template <class = void>
+at::Tensor dense_of(const at::Tensor& packed) {
   PackedHolder* holder = packed_holder(packed);
   TORCH_INTERNAL_ASSERT(holder != nullptr);
   check_frozen(packed, *holder);
@@ -42,13 +44,15 @@ inline at::Tensor dense_of(const at::Tensor& packed) {
   return dense_whole(payload).as_strided(packed.sizes(), packed.strides(), packed.storage_offset());
 }
 
-inline at::Tensor dense_if_packed(const at::Tensor& tensor) {
+template <class = void>
+at::Tensor dense_if_packed(const at::Tensor& tensor) {
   return is_packed(tensor) ? dense_of(tensor) : tensor;
 }
 
 /// Writes to packed tensors of one operator call: each storage is decompressed once, so that views
 /// and repeated arguments see each other, and compressed again at the end, or not at all.
-class PackedWrites {
+template <class = void>
+class BasicPackedWrites {
  public:
   /// The plain twin of `packed`: a view of the storage's plain values, to be written.
   at::Tensor open(const at::Tensor& packed) {
@@ -124,5 +128,6 @@ class PackedWrites {
   };
   PointerMap<Write> writes_;
 };
+using PackedWrites = BasicPackedWrites<>;
 
 }  // namespace fourfold::door

@@ -49,8 +49,9 @@ void visit_tensors(c10::IValue& value, const Visit& visit) {
 }
 
 /// Results that the schema declares to be a written argument are that argument, packed as it was.
-inline void give_back_written(const c10::FunctionSchema& schema,
-                              const std::vector<c10::IValue>& arguments, Stack& stack) {
+template <class = void>
+void give_back_written(const c10::FunctionSchema& schema, const std::vector<c10::IValue>& arguments,
+                       Stack& stack) {
   const std::size_t first = stack.size() - schema.returns().size();
   for (std::size_t r = 0; r < schema.returns().size(); ++r) {
     const c10::AliasInfo* result = schema.returns()[r].alias_info();
@@ -64,7 +65,8 @@ inline void give_back_written(const c10::FunctionSchema& schema,
   }
 }
 
-inline void write_through(const c10::OperatorHandle& op, Stack* stack) {
+template <class = void>
+void write_through(const c10::OperatorHandle& op, Stack* stack) {
   const c10::FunctionSchema& schema = op.schema();
   const std::size_t n = schema.arguments().size(), first = stack->size() - n;
   const std::vector<c10::IValue> arguments(stack->begin() + static_cast<std::ptrdiff_t>(first),
@@ -85,7 +87,8 @@ inline void write_through(const c10::OperatorHandle& op, Stack* stack) {
 /// What the schema says that an operator does with packed arguments.
 enum class Does { kReads, kWrites, kViews };
 
-inline Does does_with_packed(const c10::FunctionSchema& schema, const Stack& stack) {
+template <class = void>
+Does does_with_packed(const c10::FunctionSchema& schema, const Stack& stack) {
   const std::size_t n = schema.arguments().size(), first = stack.size() - n;
   Does does = Does::kReads;
   for (std::size_t i = 0; i < n; ++i) {
@@ -102,20 +105,23 @@ inline Does does_with_packed(const c10::FunctionSchema& schema, const Stack& sta
 }
 
 /// In-place operators that touch no value.
-inline bool writes_no_value(std::string_view name) {
+template <class = void>
+bool writes_no_value(std::string_view name) {
   return name == "aten::detach_" || name == "aten::set_data" || name == "aten::retain_grad" ||
          name == "aten::rename_";
 }
 
 /// Views whose values are other bytes, or bytes seen otherwise.
-inline bool reinterprets(const c10::OperatorName& name) {
+template <class = void>
+bool reinterprets(const c10::OperatorName& name) {
   return (name.name == "aten::view" && name.overload_name == "dtype") ||
          name.name == "aten::view_as_complex" || name.name == "aten::view_as_real";
 }
 
 /// embedding_bag asks its table whether it requires a gradient, and a factorised one, whose factors
 /// do, would say no. Sums and means of rows of U V are those of U, times V.
-inline bool factorised_embedding_bag(const c10::OperatorHandle& op, Stack* stack) {
+template <class = void>
+bool factorised_embedding_bag(const c10::OperatorHandle& op, Stack* stack) {
   constexpr std::size_t kMode = 4;  // 0 sum, 1 mean, 2 max
   const std::size_t first = stack->size() - op.schema().arguments().size();
   const at::Tensor table = (*stack)[first].toTensor();
@@ -132,7 +138,8 @@ inline bool factorised_embedding_bag(const c10::OperatorHandle& op, Stack* stack
   return true;
 }
 
-inline void packed_fallback(const c10::OperatorHandle& op, c10::DispatchKeySet keys, Stack* stack) {
+template <class = void>
+void packed_fallback(const c10::OperatorHandle& op, c10::DispatchKeySet keys, Stack* stack) {
   const c10::FunctionSchema& schema = op.schema();
   const std::size_t n = schema.arguments().size(), first = stack->size() - n;
   for (std::size_t i = 0; i < n; ++i) {

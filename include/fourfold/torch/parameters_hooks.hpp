@@ -13,7 +13,8 @@
 namespace fourfold::door::detail {
 
 /// requires_grad_ on a packed tensor: of its factors if it has any, else it must be false.
-inline void require_gradient_of(const at::Tensor& packed, bool requires_grad) {
+template <class = void>
+void require_gradient_of(const at::Tensor& packed, bool requires_grad) {
   PackedHolder* holder = packed_holder(packed);
   const std::shared_ptr<const Payload> payload = holder->payload();
   if (payload->factorised())
@@ -25,7 +26,8 @@ inline void require_gradient_of(const at::Tensor& packed, bool requires_grad) {
 
 /// Moving a module keeps its factors: they are what an optimizer holds. `moved` is a copy of
 /// `packed` that nobody else has.
-inline void keep_factors(const at::Tensor& packed, const at::Tensor& moved) {
+template <class = void>
+void keep_factors(const at::Tensor& packed, const at::Tensor& moved) {
   PackedHolder* const from = packed_holder(packed);
   PackedHolder* const to = packed_holder(moved);
   if (from == nullptr || to == nullptr || from == to) return;
@@ -103,7 +105,8 @@ class FrozenHooks : public Interface {
   const Interface* next_;
 };
 
-inline void install_frozen_hooks() {
+template <class = void>
+void install_frozen_hooks() {
   using Hooks = FrozenHooks<at::impl::VariableHooksInterface>;
   if constexpr (!std::is_abstract_v<Hooks>)  // leaked: LibTorch keeps the pointer
     at::impl::SetVariableHooks(new Hooks(at::impl::GetVariableHooks()));

@@ -24,15 +24,18 @@
 
 namespace fourfold::door::detail {
 
-inline bool autocasts(const at::Tensor& tensor) {
+template <class = void>
+bool autocasts(const at::Tensor& tensor) {
   return at::autocast::is_autocast_enabled(tensor.device().type());
 }
 
-inline void check_frozen(const at::Tensor& tensor) {
+template <class = void>
+void check_frozen(const at::Tensor& tensor) {
   if (PackedHolder* holder = packed_holder(tensor)) door::check_frozen(tensor, *holder);
 }
 
-inline at::Tensor product_of(const at::Tensor& a, const at::Tensor& b) {
+template <class = void>
+at::Tensor product_of(const at::Tensor& a, const at::Tensor& b) {
   check_frozen(a), check_frozen(b);
   if (a.layout() != at::kStrided || b.layout() != at::kStrided)
     return at::mm(dense_if_packed(a), dense_if_packed(b));
@@ -47,18 +50,21 @@ inline at::Tensor product_of(const at::Tensor& a, const at::Tensor& b) {
       .contiguous();
 }
 
-inline at::Tensor mm(c10::DispatchKeySet keys, const at::Tensor& a, const at::Tensor& b) {
+template <class = void>
+at::Tensor mm(c10::DispatchKeySet keys, const at::Tensor& a, const at::Tensor& b) {
   if (autocasts(a)) return at::_ops::mm::redispatch(keys & kBelowPackedKey, a, b);
   return product_of(a, b);
 }
 
-inline at::Tensor mv(c10::DispatchKeySet keys, const at::Tensor& a, const at::Tensor& v) {
+template <class = void>
+at::Tensor mv(c10::DispatchKeySet keys, const at::Tensor& a, const at::Tensor& v) {
   if (autocasts(a)) return at::_ops::mv::redispatch(keys & kBelowPackedKey, a, v);
   return product_of(a, v.unsqueeze(-1)).squeeze(-1);
 }
 
-inline at::Tensor addmm(c10::DispatchKeySet keys, const at::Tensor& self, const at::Tensor& a,
-                        const at::Tensor& b, const at::Scalar& beta, const at::Scalar& alpha) {
+template <class = void>
+at::Tensor addmm(c10::DispatchKeySet keys, const at::Tensor& self, const at::Tensor& a,
+                 const at::Tensor& b, const at::Scalar& beta, const at::Scalar& alpha) {
   if (autocasts(a))
     return at::_ops::addmm::redispatch(keys & kBelowPackedKey, self, a, b, beta, alpha);
   at::Tensor made = product_of(a, b);
@@ -75,8 +81,9 @@ inline at::Tensor addmm(c10::DispatchKeySet keys, const at::Tensor& self, const 
 
 /// x (B, M, ...), weight (B, N, K). One matrix of the batch is multiplied at a time, so at most one
 /// is decoded.
-inline at::Tensor batch_product(const at::Tensor& x, const std::shared_ptr<const Payload>& weight,
-                                bool transposed) {
+template <class = void>
+at::Tensor batch_product(const at::Tensor& x, const std::shared_ptr<const Payload>& weight,
+                         bool transposed) {
   const std::int64_t rows = weight->sizes()[1], columns = weight->sizes()[2];
   return linear_map(
       "PackedBatchBackward", x,
@@ -93,7 +100,8 @@ inline at::Tensor batch_product(const at::Tensor& x, const std::shared_ptr<const
 }
 
 /// Whether `tensor` (B, N, K) is a whole packed batch (or each of its matrices transposed).
-inline std::optional<bool> transposed_batch(const at::Tensor& tensor) {
+template <class = void>
+std::optional<bool> transposed_batch(const at::Tensor& tensor) {
   const auto payload = payload_of(tensor);
   if (!payload || tensor.dim() != 3 || payload->factorised() || tensor.numel() == 0)
     return std::nullopt;
@@ -103,7 +111,8 @@ inline std::optional<bool> transposed_batch(const at::Tensor& tensor) {
   return std::nullopt;
 }
 
-inline at::Tensor bmm(c10::DispatchKeySet keys, const at::Tensor& a, const at::Tensor& b) {
+template <class = void>
+at::Tensor bmm(c10::DispatchKeySet keys, const at::Tensor& a, const at::Tensor& b) {
   if (autocasts(a)) return at::_ops::bmm::redispatch(keys & kBelowPackedKey, a, b);
   check_frozen(a), check_frozen(b);
   const bool fits = a.dim() == 3 && b.dim() == 3 && a.size(0) == b.size(0) &&
@@ -121,12 +130,12 @@ inline at::Tensor bmm(c10::DispatchKeySet keys, const at::Tensor& a, const at::T
                  dense_if_packed(b));  // LibTorch's own words where they do not fit
 }
 
-inline at::Tensor convolution_kernel(c10::DispatchKeySet keys, const at::Tensor& x,
-                                     const at::Tensor& weight,
-                                     const std::optional<at::Tensor>& bias, at::IntArrayRef stride,
-                                     at::IntArrayRef padding, at::IntArrayRef dilation,
-                                     bool transposed, at::IntArrayRef output_padding,
-                                     std::int64_t groups) {
+template <class = void>
+at::Tensor convolution_kernel(c10::DispatchKeySet keys, const at::Tensor& x,
+                              const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+                              at::IntArrayRef stride, at::IntArrayRef padding,
+                              at::IntArrayRef dilation, bool transposed,
+                              at::IntArrayRef output_padding, std::int64_t groups) {
   if (autocasts(x))
     return at::_ops::convolution::redispatch(
         keys & kBelowPackedKey, x, weight, bias, c10::fromIntArrayRefSlow(stride),
@@ -160,7 +169,8 @@ inline at::Tensor convolution_kernel(c10::DispatchKeySet keys, const at::Tensor&
 
 /// Rows of a packed table, each decoded where it is asked for; the table is frozen, so there is
 /// nothing to differentiate. Codes that are shared by a group of rows are read once a row.
-inline at::Tensor gather_rows(const Payload& table, const at::Tensor& indices) {
+template <class = void>
+at::Tensor gather_rows(const Payload& table, const at::Tensor& indices) {
   const std::int64_t rows = table.sizes()[0], columns = table.sizes()[1];
   TORCH_CHECK(indices.is_cpu(), "embedding: the packed table is on the CPU and the indices on ",
               indices.device(), "; move one of them with to()");
@@ -181,8 +191,9 @@ inline at::Tensor gather_rows(const Payload& table, const at::Tensor& indices) {
   return out.to(table.dtype());
 }
 
-inline at::Tensor embedding(const at::Tensor& weight, const at::Tensor& indices,
-                            std::int64_t padding_idx, bool scale_grad_by_freq, bool sparse) {
+template <class = void>
+at::Tensor embedding(const at::Tensor& weight, const at::Tensor& indices, std::int64_t padding_idx,
+                     bool scale_grad_by_freq, bool sparse) {
   check_frozen(weight);
   const auto table = packed_matrix(weight);
   const at::Tensor which = dense_if_packed(indices);
@@ -201,8 +212,9 @@ inline at::Tensor embedding(const at::Tensor& weight, const at::Tensor& indices,
 }
 
 /// The same values, their factors (if any) their own and leaves.
-inline std::shared_ptr<const Payload> independent(const std::shared_ptr<const Payload>& payload,
-                                                  at::Device device, at::ScalarType dtype) {
+template <class = void>
+std::shared_ptr<const Payload> independent(const std::shared_ptr<const Payload>& payload,
+                                           at::Device device, at::ScalarType dtype) {
   const at::NoGradGuard no_grad;
   const PlaceGuard place(Place::kWeights);
   if (!payload->factorised()) return payload->to(device, dtype);
@@ -213,32 +225,35 @@ inline std::shared_ptr<const Payload> independent(const std::shared_ptr<const Pa
   return payload->with_buffers(std::move(factors))->to(device, dtype);
 }
 
-inline at::Tensor keep_packed(const at::Tensor& packed,
-                              const std::shared_ptr<const Payload>& payload) {
+template <class = void>
+at::Tensor keep_packed(const at::Tensor& packed, const std::shared_ptr<const Payload>& payload) {
   at::Tensor made = packed_like(packed, payload);
   packed_holder(made)->was_trainable = packed_holder(packed)->was_trainable.load();
   return made;
 }
 
 /// Packed where the result would have the strides of `self` and hold no more values than it shows.
-inline bool may_stay_packed(const at::Tensor& self, std::optional<at::MemoryFormat> format) {
+template <class = void>
+bool may_stay_packed(const at::Tensor& self, std::optional<at::MemoryFormat> format) {
   const auto payload = payload_of(self);
   const at::MemoryFormat wanted = format.value_or(at::MemoryFormat::Preserve);
   return payload && self.numel() == numel(*payload) && self.is_non_overlapping_and_dense() &&
          (wanted == at::MemoryFormat::Preserve || self.is_contiguous(wanted));
 }
 
-inline at::Tensor clone(const at::Tensor& self, std::optional<at::MemoryFormat> format) {
+template <class = void>
+at::Tensor clone(const at::Tensor& self, std::optional<at::MemoryFormat> format) {
   check_frozen(self);
   if (!may_stay_packed(self, format)) return at::_ops::clone::call(dense_of(self), format);
   const auto payload = payload_of(self);
   return keep_packed(self, independent(payload, payload->device(), payload->dtype()));
 }
 
-inline at::Tensor to_copy(const at::Tensor& self, std::optional<at::ScalarType> dtype,
-                          std::optional<at::Layout> layout, std::optional<at::Device> device,
-                          std::optional<bool> pin_memory, bool non_blocking,
-                          std::optional<at::MemoryFormat> format) {
+template <class = void>
+at::Tensor to_copy(const at::Tensor& self, std::optional<at::ScalarType> dtype,
+                   std::optional<at::Layout> layout, std::optional<at::Device> device,
+                   std::optional<bool> pin_memory, bool non_blocking,
+                   std::optional<at::MemoryFormat> format) {
   check_frozen(self);
   const at::ScalarType wanted = dtype.value_or(self.scalar_type());
   const bool known = wanted == at::kFloat || wanted == at::kBFloat16 || wanted == at::kHalf ||
@@ -258,9 +273,10 @@ inline at::Tensor to_copy(const at::Tensor& self, std::optional<at::ScalarType> 
 
 /// Printing a tensor asks for to(device, Double) and points into the result, so that gives plain
 /// values; Module::to(dtype) and to(device) come by other overloads.
-inline at::Tensor to_device(c10::DispatchKeySet keys, const at::Tensor& self, at::Device device,
-                            at::ScalarType dtype, bool non_blocking, bool copy,
-                            std::optional<at::MemoryFormat> format) {
+template <class = void>
+at::Tensor to_device(c10::DispatchKeySet keys, const at::Tensor& self, at::Device device,
+                     at::ScalarType dtype, bool non_blocking, bool copy,
+                     std::optional<at::MemoryFormat> format) {
   if (dtype == at::kDouble && self.scalar_type() != at::kDouble && is_packed(self))
     return at::_ops::to_device::call(dense_of(self), device, dtype, non_blocking, copy, format);
   return at::_ops::to_device::redispatch(keys & kBelowPackedKey, self, device, dtype, non_blocking,
@@ -268,7 +284,8 @@ inline at::Tensor to_device(c10::DispatchKeySet keys, const at::Tensor& self, at
 }
 
 /// What torch::load does to a parameter: its values are written, it stays packed.
-inline at::Tensor& set_source(at::Tensor& self, const at::Tensor& source) {
+template <class = void>
+at::Tensor& set_source(at::Tensor& self, const at::Tensor& source) {
   if (!is_packed(self)) return self.set_(dense_of(source));
   TORCH_CHECK(source.sizes() == self.sizes(),
               "set_ (torch::load) would give a packed parameter of sizes ", self.sizes(),
@@ -283,7 +300,8 @@ inline at::Tensor& set_source(at::Tensor& self, const at::Tensor& source) {
   return self.copy_(source);
 }
 
-inline at::Tensor& require_gradient(at::Tensor& self, bool requires_grad) {
+template <class = void>
+at::Tensor& require_gradient(at::Tensor& self, bool requires_grad) {
   require_gradient_of(self, requires_grad);
   return self;
 }

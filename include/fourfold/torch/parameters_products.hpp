@@ -19,13 +19,15 @@ struct PackedMatrix {
 
 namespace detail {
 
-inline at::Tensor plain_product(const at::Tensor& x, const Payload& weight, bool transposed) {
+template <class = void>
+at::Tensor plain_product(const at::Tensor& x, const Payload& weight, bool transposed) {
   return transposed ? packed_linear(x, weight) : packed_matmul(x, weight);
 }
 
 /// x W^T if `transposed`, else x W. x (M, ...).
-inline at::Tensor product(const at::Tensor& x, const std::shared_ptr<const Payload>& weight,
-                          bool transposed) {
+template <class = void>
+at::Tensor product(const at::Tensor& x, const std::shared_ptr<const Payload>& weight,
+                   bool transposed) {
   return linear_map(
       "PackedProductBackward", x,
       [&](const at::Tensor& plain) { return plain_product(plain, *weight, transposed); },
@@ -35,7 +37,8 @@ inline at::Tensor product(const at::Tensor& x, const std::shared_ptr<const Paylo
 }  // namespace detail
 
 /// `tensor` as a matrix of consecutive rows of its payload, or the transpose of one.
-inline std::optional<PackedMatrix> packed_matrix(const at::Tensor& tensor) {
+template <class = void>
+std::optional<PackedMatrix> packed_matrix(const at::Tensor& tensor) {
   const auto whole = payload_of(tensor);
   if (!whole || tensor.dim() != 2 || tensor.numel() == 0) return std::nullopt;
   const std::int64_t offset = tensor.storage_offset();
@@ -51,7 +54,8 @@ inline std::optional<PackedMatrix> packed_matrix(const at::Tensor& tensor) {
 }
 
 /// x W (or x W^T), W packed; by two products where W is factorised, and never by their product.
-inline at::Tensor multiply(const at::Tensor& x, const PackedMatrix& weight) {
+template <class = void>
+at::Tensor multiply(const at::Tensor& x, const PackedMatrix& weight) {
   TORCH_CHECK(x.scalar_type() == weight.payload->dtype(),
               "expected both matrices to have one dtype, but got ", c10::toString(x.scalar_type()),
               " and a packed ", c10::toString(weight.payload->dtype()), "; convert one with to()");

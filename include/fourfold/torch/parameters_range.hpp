@@ -12,10 +12,11 @@
 
 namespace fourfold::door {
 
-class PayloadRange final : public Payload {
+template <class = void>
+class BasicPayloadRange final : public Payload {
  public:
-  PayloadRange(std::shared_ptr<const Payload> whole, std::int64_t offset,
-               std::vector<std::int64_t> sizes)
+  BasicPayloadRange(std::shared_ptr<const Payload> whole, std::int64_t offset,
+                    std::vector<std::int64_t> sizes)
       : whole_(std::move(whole)), offset_(offset), sizes_(std::move(sizes)) {
     if (!whole_->factorised()) return;
     // Whole rows only: payload_range looks after that.
@@ -40,7 +41,7 @@ class PayloadRange final : public Payload {
     TORCH_INTERNAL_ASSERT(false, "a range of a payload is for reading");
   }
   std::shared_ptr<const Payload> to(at::Device device, at::ScalarType dtype) const override {
-    return std::make_shared<PayloadRange>(whole_->to(device, dtype), offset_, sizes_);
+    return std::make_shared<BasicPayloadRange>(whole_->to(device, dtype), offset_, sizes_);
   }
   at::IntArrayRef sizes() const override { return sizes_; }
   at::ScalarType dtype() const override { return whole_->dtype(); }
@@ -58,12 +59,13 @@ class PayloadRange final : public Payload {
   std::vector<std::int64_t> sizes_;
   std::vector<at::Tensor> factors_;
 };
+using PayloadRange = BasicPayloadRange<>;
 
 /// Values [offset, offset + numel(sizes)) of `whole` in row-major order, seen with `sizes`; `whole`
 /// itself where that is all of it; null where it cuts through the rows of a factorised one.
-inline std::shared_ptr<const Payload> payload_range(const std::shared_ptr<const Payload>& whole,
-                                                    std::int64_t offset,
-                                                    std::vector<std::int64_t> sizes) {
+template <class = void>
+std::shared_ptr<const Payload> payload_range(const std::shared_ptr<const Payload>& whole,
+                                             std::int64_t offset, std::vector<std::int64_t> sizes) {
   if (offset == 0 && whole->sizes() == at::IntArrayRef(sizes)) return whole;
   if (whole->factorised()) {
     const std::int64_t row = whole->buffers()[1].size(1);

@@ -32,7 +32,8 @@ inline PackedHolder* packed_holder(const at::Tensor& tensor) {
 
 /// What holds the storage of `tensor` (of the whole storage, also where `tensor` is a view of it);
 /// null if it is not packed.
-inline std::shared_ptr<const Payload> payload_of(const at::Tensor& tensor) {
+template <class = void>
+std::shared_ptr<const Payload> payload_of(const at::Tensor& tensor) {
   const PackedHolder* holder = packed_holder(tensor);
   return holder ? holder->payload() : nullptr;
 }
@@ -40,18 +41,21 @@ inline std::shared_ptr<const Payload> payload_of(const at::Tensor& tensor) {
 inline bool is_packed(const at::Tensor& tensor) { return packed_holder(tensor) != nullptr; }
 
 /// Whether `tensor` is its storage's payload, all of it and in its order.
-inline bool is_whole(const at::Tensor& tensor, const Payload& payload) {
+template <class = void>
+bool is_whole(const at::Tensor& tensor, const Payload& payload) {
   return tensor.storage_offset() == 0 && tensor.sizes() == payload.sizes() &&
          tensor.is_contiguous();
 }
 
-inline std::int64_t numel(const Payload& payload) {
+template <class = void>
+std::int64_t numel(const Payload& payload) {
   return c10::multiply_integers(payload.sizes());
 }
 
 namespace detail {
 
-inline c10::Storage packed_storage(std::shared_ptr<const Payload> payload) {
+template <class = void>
+c10::Storage packed_storage(std::shared_ptr<const Payload> payload) {
   const auto bytes = static_cast<std::int64_t>(static_cast<std::size_t>(numel(*payload)) *
                                                c10::elementSize(payload->dtype()));
   const std::string codec = payload->codec();
@@ -68,9 +72,9 @@ inline c10::Storage packed_storage(std::shared_ptr<const Payload> payload) {
   return storage;
 }
 
-inline at::Tensor packed_view(const c10::Storage& storage, at::ScalarType dtype,
-                              at::IntArrayRef sizes, at::IntArrayRef strides, std::int64_t offset,
-                              bool inference) {
+template <class = void>
+at::Tensor packed_view(const c10::Storage& storage, at::ScalarType dtype, at::IntArrayRef sizes,
+                       at::IntArrayRef strides, std::int64_t offset, bool inference) {
   const c10::InferenceMode mode(inference);
   const c10::DispatchKeySet keys =
       at::empty({0}, at::TensorOptions(storage.device()).dtype(dtype)).key_set() |
@@ -81,7 +85,8 @@ inline at::Tensor packed_view(const c10::Storage& storage, at::ScalarType dtype,
   return packed;
 }
 
-inline at::Tensor packed_whole(std::shared_ptr<const Payload> payload, bool inference = false) {
+template <class = void>
+at::Tensor packed_whole(std::shared_ptr<const Payload> payload, bool inference = false) {
   const std::vector<std::int64_t> sizes = payload->sizes().vec();
   std::vector<std::int64_t> strides(sizes.size(), 1);
   for (std::size_t i = sizes.size(); i-- > 1;)
@@ -91,7 +96,8 @@ inline at::Tensor packed_whole(std::shared_ptr<const Payload> payload, bool infe
 }
 
 /// The geometry of `tensor` over another payload of the same sizes.
-inline at::Tensor packed_like(const at::Tensor& tensor, std::shared_ptr<const Payload> payload) {
+template <class = void>
+at::Tensor packed_like(const at::Tensor& tensor, std::shared_ptr<const Payload> payload) {
   const at::ScalarType dtype = payload->dtype();
   return packed_view(packed_storage(std::move(payload)), dtype, tensor.sizes(), tensor.strides(),
                      tensor.storage_offset(), /*inference=*/false);
@@ -101,7 +107,8 @@ inline at::Tensor packed_like(const at::Tensor& tensor, std::shared_ptr<const Pa
 
 /// `target` becomes `source`, packed or plain: every alias of its TensorImpl (member, dictionary,
 /// user's own copy) sees it, a graph that saved it says that it was modified. Frozen afterwards.
-inline void swap_in_place(const at::Tensor& target, const at::Tensor& source) {
+template <class = void>
+void swap_in_place(const at::Tensor& target, const at::Tensor& source) {
   target.set_requires_grad(false);
   target.mutable_grad().reset();
   target.unsafeGetTensorImpl()->shallow_copy_from(source.getIntrusivePtr());
@@ -109,7 +116,8 @@ inline void swap_in_place(const at::Tensor& target, const at::Tensor& source) {
 }
 
 /// Notes that `dense` holds just what `payload` decompresses to.
-inline void note_dense(const at::Tensor& dense, const std::shared_ptr<const Payload>& payload) {
+template <class = void>
+void note_dense(const at::Tensor& dense, const std::shared_ptr<const Payload>& payload) {
   if (dense.is_inference() || !dense.has_storage()) return;
   ParametersState& state = parameters_state();
   const std::lock_guard lock(state.dense_mutex);
@@ -124,7 +132,8 @@ inline void note_dense(const at::Tensor& dense, const std::shared_ptr<const Payl
 /// The payload that an operator of ours decompressed into the storage of `dense`, or null. Whoever
 /// would keep `dense` (what autograd saves) keeps this in its place: the storage's values are
 /// decompress(), and `dense` is a view of them. Null once `dense` was written to.
-inline std::shared_ptr<const Payload> payload_of_dense(const at::Tensor& dense) {
+template <class = void>
+std::shared_ptr<const Payload> payload_of_dense(const at::Tensor& dense) {
   if (!dense.defined() || !dense.has_storage() || dense.is_inference()) return nullptr;
   ParametersState& state = parameters_state();
   const std::lock_guard lock(state.dense_mutex);
@@ -135,7 +144,8 @@ inline std::shared_ptr<const Payload> payload_of_dense(const at::Tensor& dense) 
 }
 
 /// Plain values of a payload, all of them; differentiable in its factors where it has any.
-inline at::Tensor dense_whole(const std::shared_ptr<const Payload>& payload) {
+template <class = void>
+at::Tensor dense_whole(const std::shared_ptr<const Payload>& payload) {
   if (payload->factorised() && at::GradMode::is_enabled())
     return at::matmul(payload->buffers()[0], payload->buffers()[1])
         .to(payload->dtype())

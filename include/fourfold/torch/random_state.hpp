@@ -13,10 +13,11 @@
 namespace fourfold::door {
 
 /// The default generators of the CPU and of each device given (each once; CPU devices are ignored).
-class RandomState {
+template <class = void>
+class BasicRandomState {
  public:
-  RandomState() = default;
-  explicit RandomState(const std::vector<at::Device>& devices) {
+  BasicRandomState() = default;
+  explicit BasicRandomState(const std::vector<at::Device>& devices) {
     add(at::Device(at::kCPU));
     for (const at::Device& device : devices)
       if (!device.is_cpu()) add(device);
@@ -31,8 +32,8 @@ class RandomState {
     }
   }
   /// The same generators as they stand now.
-  [[nodiscard]] RandomState now() const {
-    RandomState current;
+  [[nodiscard]] BasicRandomState now() const {
+    BasicRandomState current;
     for (const auto& [device, state] : states_) current.add(device);
     return current;
   }
@@ -49,17 +50,22 @@ class RandomState {
 
   std::vector<std::pair<at::Device, at::Tensor>> states_;
 };
+using RandomState = BasicRandomState<>;
 
 /// The default generators are in `state` while it lives, and as before afterwards.
-class [[nodiscard]] RandomStateGuard {
+template <class = void>
+class [[nodiscard]] BasicRandomStateGuard {
  public:
-  explicit RandomStateGuard(const RandomState& state) : before_(state.now()) { state.restore(); }
-  ~RandomStateGuard() { before_.restore(); }
-  RandomStateGuard(const RandomStateGuard&) = delete;
-  RandomStateGuard& operator=(const RandomStateGuard&) = delete;
+  explicit BasicRandomStateGuard(const RandomState& state) : before_(state.now()) {
+    state.restore();
+  }
+  ~BasicRandomStateGuard() { before_.restore(); }
+  BasicRandomStateGuard(const BasicRandomStateGuard&) = delete;
+  BasicRandomStateGuard& operator=(const BasicRandomStateGuard&) = delete;
 
  private:
   RandomState before_;
 };
+using RandomStateGuard = BasicRandomStateGuard<>;
 
 }  // namespace fourfold::door

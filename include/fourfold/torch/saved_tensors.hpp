@@ -33,17 +33,18 @@ namespace fourfold::door {
 /// this library). Left out of order, it goes and the scopes inside it stay, with a warning. Left on
 /// another thread, it goes as soon as its own thread looks for a scope, with a warning. Destructors
 /// never throw.
-class [[nodiscard]] SavedTensorsScope {
+template <class = void>
+class [[nodiscard]] BasicSavedTensorsScope {
  public:
-  explicit SavedTensorsScope(std::shared_ptr<SavedTensors> packer, bool in_backward = false)
+  explicit BasicSavedTensorsScope(std::shared_ptr<SavedTensors> packer, bool in_backward = false)
       : engine_(detail::saved_tensors_engine()) {
     TORCH_CHECK(packer != nullptr,
                 "SavedTensorsScope: got no packer; give it one, or open no scope at all");
     scope_ = engine_.open(std::move(packer), in_backward);
   }
-  ~SavedTensorsScope() { engine_.close(scope_); }
-  SavedTensorsScope(const SavedTensorsScope&) = delete;
-  SavedTensorsScope& operator=(const SavedTensorsScope&) = delete;
+  ~BasicSavedTensorsScope() { engine_.close(scope_); }
+  BasicSavedTensorsScope(const BasicSavedTensorsScope&) = delete;
+  BasicSavedTensorsScope& operator=(const BasicSavedTensorsScope&) = delete;
 
   /// Tensors that this scope's packer was given so far.
   [[nodiscard]] std::int64_t packed() const {
@@ -55,36 +56,41 @@ class [[nodiscard]] SavedTensorsScope {
   }
 
  private:
-  detail::SavedTensorsEngine& engine_;
+  detail::SavedTensorsEngine<>& engine_;
   std::shared_ptr<detail::OpenScope> scope_;
 };
+using SavedTensorsScope = BasicSavedTensorsScope<>;
 
 /// The innermost packer of this thread, or null; also where it passes through just now.
-inline std::shared_ptr<SavedTensors> current_saved_tensors() {
-  detail::SavedTensorsEngine* engine = detail::installed_saved_tensors_engine();
+template <class = void>
+std::shared_ptr<SavedTensors> current_saved_tensors() {
+  auto* const engine = detail::installed_saved_tensors_engine();
   const std::shared_ptr<detail::OpenScope> scope = engine ? engine->innermost() : nullptr;
   return scope ? scope->packer : nullptr;
 }
 
 /// The packer that a tensor saved on this thread would be given now, or null.
-inline std::shared_ptr<SavedTensors> active_saved_tensors() {
-  detail::SavedTensorsEngine* engine = detail::installed_saved_tensors_engine();
+template <class = void>
+std::shared_ptr<SavedTensors> active_saved_tensors() {
+  auto* const engine = detail::installed_saved_tensors_engine();
   const std::shared_ptr<detail::OpenScope> scope = engine ? engine->innermost() : nullptr;
   return scope && !scope->passes_through() ? scope->packer : nullptr;
 }
 
 /// Tensors saved in this process, since it began, on threads that had no scope while another thread
 /// had one: what a report names when a forward ran on the wrong thread.
-inline std::int64_t tensors_saved_outside_scopes() {
-  detail::SavedTensorsEngine* engine = detail::installed_saved_tensors_engine();
+template <class = void>
+std::int64_t tensors_saved_outside_scopes() {
+  auto* const engine = detail::installed_saved_tensors_engine();
   return engine ? engine->outside() : 0;
 }
 
 /// A detached reference that remembers the version and compares it on unpack, in LibTorch's words.
 /// An undefined tensor comes back undefined; an inference tensor has no version and comes back as
 /// is.
-inline std::shared_ptr<Saved> saved_reference(const at::Tensor& tensor) {
-  return std::make_shared<detail::SavedReference>(tensor);
+template <class = void>
+std::shared_ptr<Saved> saved_reference(const at::Tensor& tensor) {
+  return std::make_shared<detail::SavedReference<>>(tensor);
 }
 
 }  // namespace fourfold::door

@@ -72,6 +72,7 @@ class SavedTensors {
 namespace detail {
 
 /// What stands between a tensor saved and the same tensor written to in place since.
+template <class = void>
 class VersionCheck {
  public:
   VersionCheck() = default;
@@ -116,12 +117,13 @@ class VersionCheck {
   std::optional<std::vector<std::int64_t>> sizes_;  // none: nested
 };
 
+template <class = void>
 class SavedReference final : public Saved {
  public:
   explicit SavedReference(const at::Tensor& tensor) {
     if (!tensor.defined()) return;
     const at::NoGradGuard no_grad;
-    check_ = VersionCheck(tensor);
+    check_ = VersionCheck<>(tensor);
     tensor_ = tensor.detach();
   }
   at::Tensor unpack() override {
@@ -130,7 +132,7 @@ class SavedReference final : public Saved {
   }
 
  private:
-  VersionCheck check_;
+  VersionCheck<> check_;
   at::Tensor tensor_;
 };
 
@@ -150,8 +152,9 @@ struct OpenScope {
 };
 
 /// `tensor` into the hands of `packer`, under what packers are promised.
-inline std::shared_ptr<Saved> pack_with(SavedTensors& packer, const at::Tensor& tensor,
-                                        bool block_input = false) {
+template <class = void>
+std::shared_ptr<Saved> pack_with(SavedTensors& packer, const at::Tensor& tensor,
+                                 bool block_input = false) {
   const at::NoGradGuard no_grad;
   // A packer's own arithmetic is not the model's: autocast must not round it.
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
@@ -173,12 +176,13 @@ inline at::Tensor unpack_from(Saved& saved) {
 }
 
 /// What LibTorch keeps in place of a saved tensor.
+template <class = void>
 class SavedTensorHooks final : public torch::autograd::SavedVariableHooks {
  public:
   explicit SavedTensorHooks(std::shared_ptr<OpenScope> scope) : scope_(std::move(scope)) {}
 
   void call_pack_hook(const at::Tensor& tensor) override {
-    check_ = VersionCheck(tensor);
+    check_ = VersionCheck<>(tensor);
     saved_ = pack_with(*scope_->packer, tensor);
     scope_->packed.fetch_add(1, std::memory_order_relaxed);
     scope_.reset();  // a graph may outlive its scope; it needs the payload alone
@@ -196,14 +200,16 @@ class SavedTensorHooks final : public torch::autograd::SavedVariableHooks {
 
  private:
   std::shared_ptr<OpenScope> scope_;  // until packed
-  VersionCheck check_;
+  VersionCheck<> check_;
   std::shared_ptr<Saved> saved_;
 };
 
+/// Changes with OpenScope, Saved, SavedTensors and SavedTensorsEngine.
+inline constexpr int kSavedTensorsAbi = 2;
+
+template <class = void>
 class [[gnu::visibility("default")]] SavedTensorsEngine final : public torch::autograd::Engine {
  public:
-  static constexpr int kAbi = 2;  ///< changes with OpenScope, Saved, SavedTensors and this class
-
   [[nodiscard]] int abi() const { return abi_; }
 
   std::unique_ptr<torch::autograd::SavedVariableHooks> get_default_saved_variable_hooks() override {
@@ -218,7 +224,7 @@ class [[gnu::visibility("default")]] SavedTensorsEngine final : public torch::au
       scope->passed.fetch_add(1, std::memory_order_relaxed);
       return nullptr;
     }
-    return std::make_unique<SavedTensorHooks>(std::move(scope));
+    return std::make_unique<SavedTensorHooks<>>(std::move(scope));
   }
 
   virtual std::shared_ptr<OpenScope> open(std::shared_ptr<SavedTensors> packer, bool in_backward) {
@@ -307,21 +313,21 @@ class [[gnu::visibility("default")]] SavedTensorsEngine final : public torch::au
     }
   }
 
-  int abi_ = kAbi;
+  int abi_ = kSavedTensorsAbi;
   std::atomic<std::int64_t> open_{0};
   std::atomic<std::int64_t> outside_{0};
 };
 
 /// Ours, if it is LibTorch's engine now. By name: two libraries may each have their own type_info.
 /// The ABI is a template argument, so that parts of two versions do not share this very check.
-template <int Abi = SavedTensorsEngine::kAbi>
-SavedTensorsEngine* installed_saved_tensors_engine() {
+template <int Abi = kSavedTensorsAbi>
+SavedTensorsEngine<>* installed_saved_tensors_engine() {
   torch::autograd::Engine& engine = torch::autograd::Engine::get_default_engine();
-  static std::atomic<SavedTensorsEngine*> known{nullptr};
+  static std::atomic<SavedTensorsEngine<>*> known{nullptr};
   if (&engine == known.load(std::memory_order_acquire))
     return known.load(std::memory_order_relaxed);
-  if (std::strcmp(typeid(engine).name(), typeid(SavedTensorsEngine).name()) != 0) return nullptr;
-  auto* ours = static_cast<SavedTensorsEngine*>(&engine);
+  if (std::strcmp(typeid(engine).name(), typeid(SavedTensorsEngine<>).name()) != 0) return nullptr;
+  auto* ours = static_cast<SavedTensorsEngine<>*>(&engine);
   TORCH_CHECK(ours->abi() == Abi,
               "fourfold: two parts of this program were built with different versions of it: saved "
               "tensors have door ABI ",
@@ -331,10 +337,10 @@ SavedTensorsEngine* installed_saved_tensors_engine() {
 }
 
 /// Ours, installed on first use.
-template <int Abi = SavedTensorsEngine::kAbi>
-SavedTensorsEngine& saved_tensors_engine() {
+template <int Abi = kSavedTensorsAbi>
+SavedTensorsEngine<>& saved_tensors_engine() {
   using torch::autograd::Engine;
-  if (SavedTensorsEngine* ours = installed_saved_tensors_engine<Abi>()) return *ours;
+  if (SavedTensorsEngine<>* ours = installed_saved_tensors_engine<Abi>()) return *ours;
   const Engine& theirs = Engine::get_default_engine();
   TORCH_CHECK(
       &theirs == &Engine::get_base_engine(),
@@ -343,10 +349,9 @@ SavedTensorsEngine& saved_tensors_engine() {
       c10::demangle(typeid(theirs).name()),
       ". LibTorch has room for one. In a Python process (PythonEngine) use "
       "torch.autograd.graph.saved_tensors_hooks; elsewhere do not install the other engine");
-  static SavedTensorsEngine* const engine =
-      new SavedTensorsEngine;  // leaked: device threads use it
+  static auto* const engine = new SavedTensorsEngine<>;  // leaked: device threads use it
   torch::autograd::set_default_engine_stub([]() -> Engine& { return *engine; });
-  SavedTensorsEngine* ours = installed_saved_tensors_engine<Abi>();
+  SavedTensorsEngine<>* ours = installed_saved_tensors_engine<Abi>();
   TORCH_INTERNAL_ASSERT(ours != nullptr);
   return *ours;
 }

@@ -34,7 +34,8 @@ template struct ExposeInputs<&at::RecordFunction::inputs_>;
 
 /// Notes, while it lives, each storage of a leaf that this thread writes to in place, by name of
 /// the operator ("..._", an out overload, a batch norm's running statistics). Watches nest.
-class [[nodiscard]] StateWrites {
+template <class = void>
+class [[nodiscard]] BasicStateWrites {
  public:
   /// Larger ones are put back as they were, but a second run reads their newest value.
   static constexpr std::size_t kMostBytesKept = 1 << 16;
@@ -46,17 +47,17 @@ class [[nodiscard]] StateWrites {
 
   /// Notes into `written`, which keeps at the end what is still alive: what only the watched code
   /// knew is gone by then.
-  explicit StateWrites(std::vector<Written>& written)
+  explicit BasicStateWrites(std::vector<Written>& written)
       : written_(written), outer_(innermost()), handle_(add_callback()) {
     innermost() = this;
   }
-  ~StateWrites() {
+  ~BasicStateWrites() {
     at::removeCallback(handle_);
     innermost() = outer_;
     std::erase_if(written_, [](const Written& one) { return one.storage.expired(); });
   }
-  StateWrites(const StateWrites&) = delete;
-  StateWrites& operator=(const StateWrites&) = delete;
+  BasicStateWrites(const BasicStateWrites&) = delete;
+  BasicStateWrites& operator=(const BasicStateWrites&) = delete;
 
   /// The bytes of what was written, put back when it dies; while it lives, what the first run
   /// found.
@@ -93,8 +94,8 @@ class [[nodiscard]] StateWrites {
                                           .needsInputs(true)
                                           .scopes({at::RecordScope::FUNCTION}));
   }
-  static StateWrites*& innermost() {
-    static thread_local StateWrites* writes = nullptr;
+  static BasicStateWrites*& innermost() {
+    static thread_local BasicStateWrites* writes = nullptr;
     return writes;
   }
 
@@ -130,7 +131,7 @@ class [[nodiscard]] StateWrites {
         tensor.is_meta() || !tensor.has_storage() ||
         tensor.key_set().has(c10::DispatchKey::TESTING_ONLY_GenericWrapper))
       return;
-    for (StateWrites* writes = this; writes != nullptr; writes = writes->outer_)
+    for (BasicStateWrites* writes = this; writes != nullptr; writes = writes->outer_)
       writes->note(tensor.storage());
   }
   void note(const c10::Storage& storage) {
@@ -143,8 +144,9 @@ class [[nodiscard]] StateWrites {
   }
 
   std::vector<Written>& written_;
-  StateWrites* const outer_;
+  BasicStateWrites* const outer_;
   const at::CallbackHandle handle_;
 };
+using StateWrites = BasicStateWrites<>;
 
 }  // namespace fourfold::inline v0

@@ -27,11 +27,12 @@ struct KernelBuffer {
 /// {codes, scales} of contiguous `values`, rounded to nearest without a key. Nothing where
 /// run_kernel has nothing to call. Double goes through float, as it does on the CPU. What is not
 /// finite shows in the scales; it is for the caller to refuse.
-inline std::optional<std::vector<at::Tensor>> compress_by_kernel(const FourfoldFormat& format,
-                                                                 const at::Tensor& values,
-                                                                 const KernelBuffer& codes,
-                                                                 const KernelBuffer& scales,
-                                                                 const std::optional<Key>& key) {
+template <class = void>
+std::optional<std::vector<at::Tensor>> compress_by_kernel(const FourfoldFormat& format,
+                                                          const at::Tensor& values,
+                                                          const KernelBuffer& codes,
+                                                          const KernelBuffer& scales,
+                                                          const std::optional<Key>& key) {
   if (!values.is_cuda() || cuda::kernels() == nullptr) return std::nullopt;
   const at::Tensor dense =
       values.scalar_type() == at::kDouble ? values.to(at::kFloat) : values;  // a copy for a moment
@@ -48,10 +49,10 @@ inline std::optional<std::vector<at::Tensor>> compress_by_kernel(const FourfoldF
   return out;
 }
 
-inline std::optional<at::Tensor> decompress_by_kernel(const FourfoldFormat& format,
-                                                      const at::Tensor& codes,
-                                                      const at::Tensor& scales,
-                                                      at::IntArrayRef sizes, at::ScalarType dtype) {
+template <class = void>
+std::optional<at::Tensor> decompress_by_kernel(const FourfoldFormat& format,
+                                               const at::Tensor& codes, const at::Tensor& scales,
+                                               at::IntArrayRef sizes, at::ScalarType dtype) {
   if (!codes.is_cuda() || cuda::kernels() == nullptr) return std::nullopt;
   const bool wide = dtype == at::kDouble;
   const at::Tensor out = at::empty(sizes, codes.options().dtype(wide ? at::kFloat : dtype));
@@ -65,7 +66,8 @@ inline std::optional<at::Tensor> decompress_by_kernel(const FourfoldFormat& form
 
 /// Whether a group held what is not finite (for Sqrt: or is negative), by its fp32 scales. Waits for
 /// the device.
-inline bool any_nan(const at::Tensor& scales) {
+template <class = void>
+bool any_nan(const at::Tensor& scales) {
   if (!scales.is_cpu()) return scales.isnan().any().item<bool>();
   const float* first = scales.const_data_ptr<float>();
   return std::any_of(first, first + scales.numel(), [](float scale) { return scale != scale; });
@@ -73,8 +75,9 @@ inline bool any_nan(const at::Tensor& scales) {
 
 /// "Nf4 packs tensors" "on cuda" "by way of the CPU", and why; once for each `what`. Silent where
 /// there is a kernel and it is linked: then the slow way only looks for what is to be refused.
-inline void warn_without_kernel(const std::string& what, at::Device device, const std::string& how,
-                                bool has_kernel) {
+template <class = void>
+void warn_without_kernel(const std::string& what, at::Device device, const std::string& how,
+                         bool has_kernel) {
   const bool for_it = has_kernel && device.is_cuda();
   if (for_it && cuda::kernels() != nullptr) return;
   {
@@ -92,8 +95,8 @@ inline void warn_without_kernel(const std::string& what, at::Device device, cons
 }
 
 /// `tensor` on the CPU, with that warning if it is not there.
-inline at::Tensor by_way_of_cpu(const at::Tensor& tensor, const std::string& codec,
-                                bool has_kernel) {
+template <class = void>
+at::Tensor by_way_of_cpu(const at::Tensor& tensor, const std::string& codec, bool has_kernel) {
   if (tensor.is_cpu()) return tensor;
   warn_without_kernel(codec + " packs tensors", tensor.device(), "by way of the CPU", has_kernel);
   return tensor.cpu();

@@ -82,6 +82,7 @@ FOURFOLD_COMPANDED_AVX2 inline __m256i bytes_avx2(const __m256i* codes) {
   return _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
 }
 
+template <bool State>
 FOURFOLD_COMPANDED_AVX512 inline void encode_avx512(Softsign, const float* values,
                                                     std::int8_t* codes, float scale,
                                                     const std::uint16_t* random) {
@@ -105,6 +106,7 @@ FOURFOLD_COMPANDED_AVX512 inline void encode_avx512(Softsign, const float* value
   }
 }
 
+template <bool State>
 FOURFOLD_COMPANDED_AVX2 inline void encode_avx2(Softsign, const float* values, std::int8_t* codes,
                                                 float scale, const std::uint16_t* random) {
   const __m256 half = _mm256_set1_ps(softsign_half(scale));
@@ -129,6 +131,7 @@ FOURFOLD_COMPANDED_AVX2 inline void encode_avx2(Softsign, const float* values, s
   }
 }
 
+template <bool State>
 FOURFOLD_COMPANDED_AVX512 inline void encode_avx512(Sqrt, const float* values, std::uint8_t* codes,
                                                     float inverse, const std::uint16_t* random) {
   for (int i = 0; i < kGroup; i += 16) {
@@ -142,10 +145,15 @@ FOURFOLD_COMPANDED_AVX512 inline void encode_avx512(Sqrt, const float* values, s
         _mm512_cmp_ps_mask(gone, _mm512_mul_ps(uniform_avx512(random, i), gap), _CMP_GT_OQ);
     __m512i code = _mm512_cvttps_epi32(k);
     code = _mm512_mask_add_epi32(code, up, code, _mm512_set1_epi32(1));
+    if constexpr (State) {
+      const __mmask16 above = _mm512_cmp_ps_mask(root, _mm512_setzero_ps(), _CMP_GT_OQ);
+      code = _mm512_mask_max_epi32(code, above, code, _mm512_set1_epi32(1));
+    }
     _mm_storeu_si128(reinterpret_cast<__m128i*>(codes + i), _mm512_cvtepi32_epi8(code));
   }
 }
 
+template <bool State>
 FOURFOLD_COMPANDED_AVX2 inline void encode_avx2(Sqrt, const float* values, std::uint8_t* codes,
                                                 float inverse, const std::uint16_t* random) {
   for (int i = 0; i < kGroup; i += 32) {
@@ -161,6 +169,11 @@ FOURFOLD_COMPANDED_AVX2 inline void encode_avx2(Sqrt, const float* values, std::
       const __m256 up =
           _mm256_cmp_ps(gone, _mm256_mul_ps(uniform_avx2(random, at), gap), _CMP_GT_OQ);
       four[part] = _mm256_sub_epi32(_mm256_cvttps_epi32(k), _mm256_castps_si256(up));
+      if constexpr (State) {
+        const __m256 above = _mm256_cmp_ps(root, _mm256_setzero_ps(), _CMP_GT_OQ);
+        four[part] =
+            _mm256_max_epi32(four[part], _mm256_srli_epi32(_mm256_castps_si256(above), 31));
+      }
     }
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes + i), bytes_avx2<false>(four));
   }
@@ -227,8 +240,9 @@ std::uint32_t largest_bits(const float* values, Isa isa) {
 }
 
 /// One group: its scale is returned, its codes are written. A group with anything not finite (or,
-/// for Sqrt, negative) gets a NaN scale, so that all of it decodes as NaN.
-template <class Curve, class Code>
+/// for Sqrt, negative) gets a NaN scale, so that all of it decodes as NaN. State: by
+/// encode_state().
+template <class Curve, bool State = false, class Code>
 float encode_group(const float* values, Code* codes, const std::uint16_t* random, Isa isa) {
   const std::uint32_t bits = largest_bits<Curve>(values, isa);
   const float scale = bits >= kInfinityBits ? std::numeric_limits<float>::quiet_NaN()
@@ -239,11 +253,13 @@ float encode_group(const float* values, Code* codes, const std::uint16_t* random
   }
   const float factor = std::is_same_v<Curve, Sqrt> ? 1.0F / scale : scale;
 #if defined(__x86_64__)
-  if (isa == Isa::kAvx512) return encode_avx512(Curve{}, values, codes, factor, random), scale;
-  if (isa == Isa::kAvx2) return encode_avx2(Curve{}, values, codes, factor, random), scale;
+  if (isa == Isa::kAvx512)
+    return encode_avx512<State>(Curve{}, values, codes, factor, random), scale;
+  if (isa == Isa::kAvx2) return encode_avx2<State>(Curve{}, values, codes, factor, random), scale;
 #endif
   for (int i = 0; i < kGroup; ++i)
-    codes[i] = encode(Curve{}, values[i], factor, uniform(random, i));
+    codes[i] = State ? encode_state(Curve{}, values[i], factor, uniform(random, i))
+                     : encode(Curve{}, values[i], factor, uniform(random, i));
   return scale;
 }
 

@@ -24,7 +24,8 @@
 namespace fourfold::inline v0::detail {
 
 /// {groups, group} fp32, the tail filled up with its group's last value.
-inline at::Tensor rows_of_groups(IntFormat f, const at::Tensor& values) {
+template <class = void>
+at::Tensor rows_of_groups(IntFormat f, const at::Tensor& values) {
   at::Tensor flat = values.contiguous().reshape({-1}).to(at::kFloat);
   const std::int64_t missing = (f.group - flat.numel() % f.group) % f.group;
   if (missing > 0) flat = at::cat({flat, flat.narrow(0, flat.numel() - 1, 1).expand({missing})});
@@ -33,7 +34,8 @@ inline at::Tensor rows_of_groups(IntFormat f, const at::Tensor& values) {
 
 /// 16 random bits for each of n values (a multiple of 8), as random_bits16 draws them; int64 (n).
 /// Only the low halves of the counter's words count, so they are masked where they are shifted.
-inline at::Tensor random_bits16_aten(const Key& key, std::int64_t n, at::Device device) {
+template <class = void>
+at::Tensor random_bits16_aten(const Key& key, std::int64_t n, at::Device device) {
   const PhiloxStream stream = philox_stream(key);
   const std::int64_t low_half = 0xFFFFFFFF;
   const auto high_half = [&](const at::Tensor& product) {
@@ -58,8 +60,9 @@ inline at::Tensor random_bits16_aten(const Key& key, std::int64_t n, at::Device 
 
 /// {codes uint8, words int32} of `values` (not empty) on any device. Without a key, groups of NaN
 /// or infinite values are for the caller to find by their word.
-inline std::vector<at::Tensor> encode_aten(IntFormat f, const at::Tensor& values,
-                                           const std::optional<Key>& key) {
+template <class = void>
+std::vector<at::Tensor> encode_aten(IntFormat f, const at::Tensor& values,
+                                    const std::optional<Key>& key) {
   const at::Tensor rows = rows_of_groups(f, values);
   const at::Tensor poison = rows.mul(0).sum(1);
   const at::Tensor lo = rows.amin(1).add(poison).cpu(), hi = rows.amax(1).add(poison).cpu();
@@ -99,8 +102,9 @@ inline std::vector<at::Tensor> encode_aten(IntFormat f, const at::Tensor& values
 }
 
 /// All n values, flat, fp32.
-inline at::Tensor decode_aten(IntFormat f, const at::Tensor& codes, const at::Tensor& words,
-                              std::int64_t n) {
+template <class = void>
+at::Tensor decode_aten(IntFormat f, const at::Tensor& codes, const at::Tensor& words,
+                       std::int64_t n) {
   const at::Tensor bytes = codes.to(at::kInt);
   std::vector<at::Tensor> parts;
   for (int bit = 0; bit < 8; bit += f.bits)
@@ -117,13 +121,15 @@ inline at::Tensor decode_aten(IntFormat f, const at::Tensor& codes, const at::Te
   return steps.mul(scale).add(minimum).reshape({-1}).narrow(0, 0, n);
 }
 
-inline FourfoldFormat kernel_format(IntFormat f) {
+template <class = void>
+FourfoldFormat kernel_format(IntFormat f) {
   return {.kind = 0, .bits = f.bits, .group = f.group, .symmetric = f.symmetric ? 1 : 0};
 }
 
 /// Formats without a kernel are told from others by asking for one, so where fourfold::cuda is
 /// linked and nothing came of it, there is none.
-inline void warn_composed(IntFormat f, at::Device device) {
+template <class = void>
+void warn_composed(IntFormat f, at::Device device) {
   warn_without_kernel("GroupQuantizer of " + std::to_string(f.bits) + " bits in groups of " +
                           std::to_string(f.group) + " packs tensors",
                       device, "by composed ATen operators, with dense copies for a moment",
@@ -131,8 +137,9 @@ inline void warn_composed(IntFormat f, at::Device device) {
 }
 
 /// The two calls that a CUDA tensor comes through: by a kernel where there is one.
-inline std::vector<at::Tensor> cuda_compress(IntFormat f, const at::Tensor& values,
-                                             const std::optional<Key>& key) {
+template <class = void>
+std::vector<at::Tensor> cuda_compress(IntFormat f, const at::Tensor& values,
+                                      const std::optional<Key>& key) {
   const at::Tensor dense = values.contiguous();
   const std::int64_t n = dense.numel();
   if (auto made = compress_by_kernel(kernel_format(f), dense, {(n * f.bits + 7) / 8, at::kByte},
@@ -141,8 +148,9 @@ inline std::vector<at::Tensor> cuda_compress(IntFormat f, const at::Tensor& valu
   warn_composed(f, values.device());
   return encode_aten(f, values, key);
 }
-inline at::Tensor cuda_decompress(IntFormat f, const at::Tensor& codes, const at::Tensor& words,
-                                  std::int64_t n, at::ScalarType dtype) {
+template <class = void>
+at::Tensor cuda_decompress(IntFormat f, const at::Tensor& codes, const at::Tensor& words,
+                           std::int64_t n, at::ScalarType dtype) {
   if (auto out = decompress_by_kernel(kernel_format(f), codes, words, {n}, dtype))
     return *std::move(out);
   warn_composed(f, codes.device());

@@ -74,8 +74,9 @@ void combine(Isa isa, const at::Tensor& left, const at::Tensor& right, std::int6
 }
 
 /// Values [begin, end) as fp32, of CPU factors in any floating dtype.
-inline void decode(const at::Tensor& left, const at::Tensor& right, std::int64_t begin,
-                   std::int64_t end, float* out, Isa isa = fourfold::isa()) {
+template <class = void>
+void decode(const at::Tensor& left, const at::Tensor& right, std::int64_t begin, std::int64_t end,
+            float* out, Isa isa = fourfold::isa()) {
   if (begin == end) return;
   const c10::NoGradGuard no_grad;
   const std::int64_t columns = right.size(1), first = begin / columns, last = (end - 1) / columns;
@@ -95,8 +96,9 @@ inline void decode(const at::Tensor& left, const at::Tensor& right, std::int64_t
 }
 
 /// The whole product in `dtype`; sums in fp32, of fp64 factors in fp64.
-inline at::Tensor decompress(const at::Tensor& left, const at::Tensor& right, at::IntArrayRef sizes,
-                             at::ScalarType dtype, Isa isa = fourfold::isa()) {
+template <class = void>
+at::Tensor decompress(const at::Tensor& left, const at::Tensor& right, at::IntArrayRef sizes,
+                      at::ScalarType dtype, Isa isa = fourfold::isa()) {
   const c10::NoGradGuard no_grad;
   const at::ScalarType type = left.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   const at::Tensor rows = left.detach().to(type), columns = right.detach().to(type);

@@ -21,7 +21,8 @@ namespace nf4::detail {
 
 using fourfold::detail::kRandomTile;
 
-inline std::string format_name(Nf4Format f) {
+template <class = void>
+std::string format_name(Nf4Format f) {
   std::string name = "Nf4";
   if (f.double_quant) name += "DoubleQuant";
   if (f.search) name += "Search";
@@ -112,8 +113,9 @@ constexpr bool has_kernel_to_compress(Nf4Format f, bool stochastic) {
 }
 inline constexpr FourfoldFormat kKernelFormat{.kind = 1, .bits = 4, .group = 64, .symmetric = 0};
 
-inline std::vector<at::Tensor> compress(Nf4Format f, const at::Tensor& values,
-                                        const std::optional<Key>& key, Isa isa = fourfold::isa()) {
+template <class = void>
+std::vector<at::Tensor> compress(Nf4Format f, const at::Tensor& values,
+                                 const std::optional<Key>& key, Isa isa = fourfold::isa()) {
   const std::string name = format_name(f);
   fourfold::detail::check_dense(values, name);
   const at::Tensor given = values.detach().resolve_neg().contiguous();
@@ -148,8 +150,9 @@ inline std::vector<at::Tensor> compress(Nf4Format f, const at::Tensor& values,
   });
 }
 
-inline void decode(Nf4Format f, const std::vector<at::Tensor>& buffers, std::int64_t n,
-                   std::int64_t begin, std::int64_t end, float* out, Isa isa = fourfold::isa()) {
+template <class = void>
+void decode(Nf4Format f, const std::vector<at::Tensor>& buffers, std::int64_t n, std::int64_t begin,
+            std::int64_t end, float* out, Isa isa = fourfold::isa()) {
   const std::uint8_t* codes = buffers[0].const_data_ptr<std::uint8_t>();
   const Scales scales(f, buffers);
   constexpr std::int64_t kRun = 32;  // shortest run of the vector loops
@@ -173,8 +176,9 @@ inline void decode(Nf4Format f, const std::vector<at::Tensor>& buffers, std::int
   }
 }
 
-inline at::Tensor decompress(Nf4Format f, const std::vector<at::Tensor>& buffers,
-                             at::IntArrayRef sizes, at::ScalarType dtype) {
+template <class = void>
+at::Tensor decompress(Nf4Format f, const std::vector<at::Tensor>& buffers, at::IntArrayRef sizes,
+                      at::ScalarType dtype) {
   if (has_kernel(f))
     if (auto out = fourfold::detail::decompress_by_kernel(kKernelFormat, buffers[0], buffers[1],
                                                           sizes, dtype))
@@ -196,7 +200,8 @@ inline at::Tensor decompress(Nf4Format f, const std::vector<at::Tensor>& buffers
 }
 
 /// What the nearest of the levels around v may err at this scale.
-inline double half_gap(double v, double scale) {
+template <class = void>
+double half_gap(double v, double scale) {
   if (!(scale > 0)) return std::fabs(v);
   const double x = std::clamp(v / scale, -1.0, 1.0);
   double widest =
@@ -207,7 +212,8 @@ inline double half_gap(double v, double scale) {
   return 0.5 * widest * scale + std::max(0.0, std::fabs(v) - scale);
 }
 
-inline at::Tensor error_bound(Nf4Format f, const at::Tensor& values) {
+template <class = void>
+at::Tensor error_bound(Nf4Format f, const at::Tensor& values) {
   const at::Tensor here = values.detach().cpu();
   const std::vector<at::Tensor> nearest = compress(f, here, std::nullopt);
   // Stochastic codes have scales of their own: never searched for, and rounded up.

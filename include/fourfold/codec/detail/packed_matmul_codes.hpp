@@ -35,7 +35,8 @@ struct GroupCodes {
 };
 
 /// What a payload holds, if it is a kind that is read directly on this machine.
-inline std::optional<GroupCodes> group_codes(Isa isa, const Payload& weight) {
+template <class = void>
+std::optional<GroupCodes> group_codes(Isa isa, const Payload& weight) {
   const std::int64_t columns = weight.sizes()[1];
   if (isa != Isa::kAvx512 || columns % kCodeBlock != 0) return std::nullopt;
   std::optional<GroupCodes> found;
@@ -140,10 +141,10 @@ FOURFOLD_CODES_AVX512 void add_codes_avx512(const GroupCodes& matrix, std::int64
 #endif
 
 /// sums (m, 4) = x (m, k) times up to 4 rows of the matrix, transposed.
-inline void dot_codes([[maybe_unused]] const GroupCodes& matrix,
-                      [[maybe_unused]] std::int64_t first, [[maybe_unused]] std::int64_t count,
-                      [[maybe_unused]] const float* x, [[maybe_unused]] std::int64_t m,
-                      [[maybe_unused]] float* sums) {
+template <class = void>
+void dot_codes([[maybe_unused]] const GroupCodes& matrix, [[maybe_unused]] std::int64_t first,
+               [[maybe_unused]] std::int64_t count, [[maybe_unused]] const float* x,
+               [[maybe_unused]] std::int64_t m, [[maybe_unused]] float* sums) {
 #if defined(__x86_64__)
   const auto run = [&]<int Bits>(std::integral_constant<int, Bits>) {
     constexpr decltype(&dot_codes_avx512<Bits, 1>) kernels[] = {
@@ -159,10 +160,10 @@ inline void dot_codes([[maybe_unused]] const GroupCodes& matrix,
 }
 
 /// out (m, k) += x (m, 4) times up to 4 rows of the matrix; x is 0 for rows beyond count.
-inline void add_codes([[maybe_unused]] const GroupCodes& matrix,
-                      [[maybe_unused]] std::int64_t first, [[maybe_unused]] std::int64_t count,
-                      [[maybe_unused]] const float* x, [[maybe_unused]] std::int64_t m,
-                      [[maybe_unused]] float* out) {
+template <class = void>
+void add_codes([[maybe_unused]] const GroupCodes& matrix, [[maybe_unused]] std::int64_t first,
+               [[maybe_unused]] std::int64_t count, [[maybe_unused]] const float* x,
+               [[maybe_unused]] std::int64_t m, [[maybe_unused]] float* out) {
 #if defined(__x86_64__)
   matrix.format.bits == 4 ? add_codes_avx512<4>(matrix, first, count, x, m, out)
                           : add_codes_avx512<8>(matrix, first, count, x, m, out);

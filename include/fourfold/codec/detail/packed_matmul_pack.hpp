@@ -24,8 +24,9 @@ inline constexpr std::int64_t kPanelRows =
 
 /// Rows [row, row + rows) and columns [column, column + columns) of a 2-D payload, into `out`
 /// (rows, columns).
-inline void decode_rectangle(const Payload& weight, std::int64_t row, std::int64_t rows,
-                             std::int64_t column, std::int64_t columns, float* out) {
+template <class = void>
+void decode_rectangle(const Payload& weight, std::int64_t row, std::int64_t rows,
+                      std::int64_t column, std::int64_t columns, float* out) {
   const std::int64_t width = weight.sizes()[1];
   if (columns == width) return weight.decode(row * width, (row + rows) * width, out);
   for (std::int64_t i = 0; i < rows; ++i) {

@@ -138,9 +138,9 @@ __attribute__((target("avx2,fma"))) void add_block_avx2(const float* x, std::int
 
 /// sums (rows, 4) += x (rows, columns) w^T. Rows of w that a last block lacks are read all the
 /// same.
-inline void dot_block([[maybe_unused]] Isa isa, const float* x, std::int64_t x_stride,
-                      std::int64_t rows, const float* w, std::int64_t w_stride,
-                      std::int64_t columns, float* sums) {
+template <class = void>
+void dot_block([[maybe_unused]] Isa isa, const float* x, std::int64_t x_stride, std::int64_t rows,
+               const float* w, std::int64_t w_stride, std::int64_t columns, float* sums) {
   for (std::int64_t i = 0; i < rows;) {
     const float* left = x + i * x_stride;
     const std::int64_t count = std::min<std::int64_t>(2, rows - i);
@@ -163,9 +163,10 @@ inline void dot_block([[maybe_unused]] Isa isa, const float* x, std::int64_t x_s
 }
 
 /// out (rows, columns) += x (rows, 4) w.
-inline void add_block([[maybe_unused]] Isa isa, const float* x, std::int64_t x_stride,
-                      std::int64_t rows, const float* w, std::int64_t w_stride,
-                      std::int64_t columns, float* out, std::int64_t out_stride) {
+template <class = void>
+void add_block([[maybe_unused]] Isa isa, const float* x, std::int64_t x_stride, std::int64_t rows,
+               const float* w, std::int64_t w_stride, std::int64_t columns, float* out,
+               std::int64_t out_stride) {
   for (std::int64_t i = 0; i < rows;) {
     const float* left = x + i * x_stride;
     const std::int64_t count = std::min<std::int64_t>(2, rows - i);
@@ -188,8 +189,9 @@ inline void add_block([[maybe_unused]] Isa isa, const float* x, std::int64_t x_s
 }
 
 /// out (m, n) = x (m, k) W^T, all contiguous fp32, W (n, k) on a CPU.
-inline void multiply_rows_transposed(Isa isa, const float* x, std::int64_t m, const Payload& weight,
-                                     float* out) {
+template <class = void>
+void multiply_rows_transposed(Isa isa, const float* x, std::int64_t m, const Payload& weight,
+                              float* out) {
   const std::int64_t n = weight.sizes()[0], k = weight.sizes()[1];
   const std::int64_t depth = std::min(kRowColumns, k);
   const std::optional<GroupCodes> codes = group_codes(isa, weight);
@@ -220,8 +222,9 @@ constexpr std::int64_t row_parts(std::int64_t n, std::int64_t k) {
 }
 
 /// out (m, k) += rows [first, last) of W times their columns of x (m, n).
-inline void add_rows(Isa isa, const float* x, std::int64_t m, const Payload& weight,
-                     std::int64_t first, std::int64_t last, float* out) {
+template <class = void>
+void add_rows(Isa isa, const float* x, std::int64_t m, const Payload& weight, std::int64_t first,
+              std::int64_t last, float* out) {
   const std::int64_t n = weight.sizes()[0], k = weight.sizes()[1];
   const std::int64_t width = std::min(kRowColumns, k);
   const std::optional<GroupCodes> codes = group_codes(isa, weight);
@@ -245,8 +248,8 @@ inline void add_rows(Isa isa, const float* x, std::int64_t m, const Payload& wei
 }
 
 /// out (m, k) = x (m, n) W, all contiguous fp32, W (n, k) on a CPU.
-inline void multiply_rows(Isa isa, const float* x, std::int64_t m, const Payload& weight,
-                          float* out) {
+template <class = void>
+void multiply_rows(Isa isa, const float* x, std::int64_t m, const Payload& weight, float* out) {
   const std::int64_t n = weight.sizes()[0], k = weight.sizes()[1], parts = row_parts(n, k);
   std::fill_n(out, m * k, 0.0F);
   if (parts == 1) return add_rows(isa, x, m, weight, 0, n, out);

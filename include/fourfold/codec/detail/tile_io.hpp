@@ -24,8 +24,9 @@ inline void check_dense(const at::Tensor& values, const std::string& codec) {
 }
 
 /// Throws unless [begin, end) of n values can be read tile by tile from `codes`.
-inline void check_tile(const at::Tensor& codes, std::int64_t begin, std::int64_t end,
-                       std::int64_t n, const std::string& codec) {
+template <class = void>
+void check_tile(const at::Tensor& codes, std::int64_t begin, std::int64_t end, std::int64_t n,
+                const std::string& codec) {
   TORCH_CHECK(codes.is_cpu(), codec, " decodes tiles of CPU codes only, and these are on ",
               codes.device(), "; use decompress()");
   TORCH_CHECK(0 <= begin && begin <= end && end <= n, codec, " was asked for values [", begin, ", ",
@@ -86,8 +87,9 @@ class FirstIndex {
 };
 
 /// Throws, naming the first value from `begin` on, in row-major order, that is not finite in fp32.
-[[noreturn]] inline void refuse_not_finite(const at::Tensor& values, std::int64_t begin,
-                                           const std::string& codec) {
+template <class = void>
+[[noreturn]] void refuse_not_finite(const at::Tensor& values, std::int64_t begin,
+                                    const std::string& codec) {
   const at::Tensor flat = values.reshape({-1}), rest = flat.slice(0, begin).to(at::kFloat);
   const std::int64_t index =
       begin + rest.isfinite().logical_not().to(at::kByte).argmax().item<std::int64_t>();
