@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <fourfold/optim/adafactor.hpp>
 #include <fourfold/optim/adam_mini.hpp>
+#include <fourfold/optim/factored.hpp>
 #include <fourfold/optim/scale.hpp>
 #include <tests/optim/rule_checks.hpp>
 #include <tests/support/message_of.hpp>
@@ -42,6 +43,13 @@ TEST_F(MatrixRules, AdamMiniIsThePapers) {
   EXPECT_LE(oracle::error_of(reference::kAdamMiniHeads, make<Mini>(heads)), 1e-6);
 }
 
+TEST_F(MatrixRules, FactoredAdamWIsThePapers) {
+  const auto options =
+      torch::optim::AdamWOptions(1e-2).betas({0.8, 0.99}).eps(1e-7).weight_decay(0.1);
+  EXPECT_LE(oracle::error_of(reference::kAdamWFactored, make<AdamW<Fp32, Factored>>(options)),
+            1e-6);
+}
+
 /// Vectors' moments too would be packed if they were long.
 TEST_F(MatrixRules, BytesAParameter) {
   auto p = torch::randn({64, 3, 5, 5}).to(torch::kBFloat16).requires_grad_();
@@ -53,6 +61,7 @@ TEST_F(MatrixRules, BytesAParameter) {
   EXPECT_EQ(bytes(ScaleOf<Int8>({p})), 0);  // weights are all: 2 bytes
   EXPECT_EQ(bytes(ScaleOf<Int8>({p}, ScaleOptions(1e-3).momentum(0.9))), 4800 + 4 * 38);
   EXPECT_EQ(bytes(Adafactor<>({p})), 4 * (64 + 75));
+  EXPECT_EQ(bytes(AdamW<Normal4, Factored>({p})), 75 * 34 + 4 * (64 + 75));
   EXPECT_EQ(bytes(AdamMiniOf<Int8>({p})), 4800 + 4 * 38 + 4 * 64);
   EXPECT_EQ((bytes(AdamMiniOf<Int8, ErrorCorrection<8>>({p}))), 2 * 4800 + 4 * 38 + 4 * 64);
 }
@@ -67,18 +76,21 @@ TEST_F(MatrixRules, EveryPathGivesTheSameBits) {
   expect_equal_bits_on_every_path<ScaleOf<Int8>>(ScaleOptions(1e-2).weight_decay(0.1));
   expect_equal_bits_on_every_path<ScaleOf<Int8>>(ScaleOptions(1e-2).momentum(0.9));
   expect_equal_bits_on_every_path<Adafactor<>>(AdafactorOptions(1e-2).weight_decay(0.1));
+  expect_equal_bits_on_every_path<AdamW<Normal4, Factored>>(1e-2);
   expect_equal_bits_on_every_path<AdamMiniOf<Int8>>(AdamMiniOptions(1e-2).rows_per_block(7));
 }
 
 TEST_F(MatrixRules, SavedStatesGoOnBitForBit) {
   expect_resumed_training_to_be_bit_equal<ScaleOf<Int8>>(ScaleOptions(1e-2).momentum(0.9));
   expect_resumed_training_to_be_bit_equal<Adafactor<>>(AdafactorOptions(1e-2));
+  expect_resumed_training_to_be_bit_equal<AdamW<Normal4, Factored>>(1e-2);
   expect_resumed_training_to_be_bit_equal<AdamMiniOf<Int8>>(
       AdamMiniOptions(1e-2).rows_per_block(7));
 }
 
 TEST_F(MatrixRules, ASmallTaskConverges) {
   const StateOptions all{.min_packed_elements = 0};
+  EXPECT_LE(final_loss(make<AdamW<Normal4, Factored>>(3e-3, all)), 0.1);
   EXPECT_LE(final_loss(make<AdamMiniOf<Int8>>(AdamMiniOptions(3e-3), all)), 0.1);  // from 1.5
   EXPECT_LE(final_loss(make<Adafactor<>>(AdafactorOptions(5e-2), all)), 0.1);
   EXPECT_LE(final_loss(make<ScaleOf<Int8>>(ScaleOptions(1e-2), all)), 0.1);
@@ -92,7 +104,8 @@ TEST_F(MatrixRules, ZerosAndEmptyTensorsStayFinite) {
     for (int step = 0; step < 2; ++step) optimizer->step();
     EXPECT_TRUE(p.equal(torch::zeros({4, 6}))) << p;
   };
-  check(make<ScaleOf<Int8>>({})), check(make<Adafactor<>>({})), check(make<AdamMiniOf<Int8>>({}));
+  check(make<ScaleOf<Int8>>({})), check(make<Adafactor<>>({})),
+      check(make<AdamW<Fp32, Factored>>({})), check(make<AdamMiniOf<Int8>>({}));
 }
 
 TEST_F(MatrixRules, WhatTheyCannotStepIsNamed) {

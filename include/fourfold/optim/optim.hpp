@@ -3,6 +3,7 @@
 /// Every optimizer; fourfold.hpp has AdamW's header alone. Rules that keep, for a parameter of n values
 /// in (rows, columns), in the codecs that are given:
 ///   AdamW, Adam        adamw.hpp, adam.hpp   two moments: 2 n
+///   AdamW<C, Factored> factored.hpp          n + rows + columns
 ///   SGD                sgd.hpp               n with momentum, else nothing
 ///   Lion               lion.hpp              n
 ///   AdamMini           adam_mini.hpp         n + rows
@@ -18,6 +19,7 @@
 #include <fourfold/optim/adam_mini.hpp>
 #include <fourfold/optim/adamw.hpp>
 #include <fourfold/optim/apollo.hpp>
+#include <fourfold/optim/factored.hpp>
 #include <fourfold/optim/galore.hpp>
 #include <fourfold/optim/lion.hpp>
 #include <fourfold/optim/muon.hpp>
