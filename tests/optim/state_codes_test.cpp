@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <fourfold/optim/adamw.hpp>
+#include <tests/optim/rule_checks.hpp>
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
@@ -33,7 +34,7 @@ at::Tensor values(std::int64_t n, std::uint64_t seed = 0) {
 }
 
 template <class C>
-class StateCodes : public testing::Test {};
+class StateCodes : public OneThread {};
 using All = testing::Types<BFloat16, Normal4, Log4>;
 TYPED_TEST_SUITE(StateCodes, All);
 
@@ -104,8 +105,10 @@ TYPED_TEST(StateCodes, HugeAndTinyGroupsHoldTheirLargest) {
   }
 }
 
+class StateCodes4 : public OneThread {};
+
 /// Of 16 levels the nearest: among values for Normal4, among roots for Log4.
-TEST(StateCodes4, NearestIsNearest) {
+TEST_F(StateCodes4, NearestIsNearest) {
   const auto check = [](const auto& levels, const at::Tensor& x, bool roots, const at::Tensor& y) {
     auto table = torch::empty({16}, torch::kDouble);
     for (std::size_t i = 0; i < 16; ++i) table[static_cast<std::int64_t>(i)] = levels[i];
@@ -141,7 +144,7 @@ double direction_error() {
   const auto ours = (coded<First>(m) / (coded<Second>(v).sqrt() + 1e-8)).to(torch::kDouble);
   return ((ours - exact).square().sum() / exact.square().sum()).template item<double>();
 }
-TEST(StateCodes4, DirectionsErrLittle) {
+TEST_F(StateCodes4, DirectionsErrLittle) {
   EXPECT_LE((direction_error<Companded<8, Softsign>, Companded<8, Sqrt>>()), 1.4e-4);
   EXPECT_LE((direction_error<Normal4, Log4>()), 0.03);
   EXPECT_LE((direction_error<Companded<8, Softsign>, Log4>()), 6.5e-3);
@@ -172,7 +175,7 @@ double error_after_shrinking(bool stochastic) {
   const auto root = torch::tensor(now).sqrt(), wanted = exact.sqrt();
   return ((root - wanted) / wanted).abs().mean().template item<double>();
 }
-TEST(StateCodes4, SecondMomentsFollowShrinkingGradients) {
+TEST_F(StateCodes4, SecondMomentsFollowShrinkingGradients) {
   EXPECT_LE((error_after_shrinking<Companded<8, Sqrt>>(true)), 0.1);
   EXPECT_LE(error_after_shrinking<BFloat16>(true), 0.1);
   EXPECT_GE(error_after_shrinking<BFloat16>(false), 0.3) << "then it needs no random numbers";
@@ -187,46 +190,20 @@ std::int64_t state_bytes() {
   optimizer.step();
   return optimizer.state_bytes();
 }
-TEST(StateCodes4, BytesAParameter) {
+TEST_F(StateCodes4, BytesAParameter) {
   EXPECT_EQ(state_bytes<BFloat16>(), 2 * 2 * (8192 + 4097));
   EXPECT_EQ(state_bytes<Int4>(), 2 * (128 + 65) * (32 + 2));  // 1.0625 a parameter for both
 }
 
-/// An update's error is its direction's, as for 8 bits (AdamW.PackedFollowsLibTorchsAdamW): sqrt(0.03)
-/// for one rounding, twice that squared for stochastic ones, 1 / (1 - beta1^2) of which add up; in
-/// the sum over steps they are independent, and the share of the way falls.
-TEST(StateCodes4, TrainingFollowsFp32) {
-  const auto train = [](auto make) {
-    torch::manual_seed(5);
-    torch::nn::Sequential net(torch::nn::Linear(16, 64), torch::nn::Tanh(),
-                              torch::nn::Linear(64, 64), torch::nn::Tanh(),
-                              torch::nn::Linear(64, 1));
-    const auto x = torch::randn({128, 16});
-    const auto y = (x.select(1, 0) * x.select(1, 1) + x.select(1, 2).sin()).unsqueeze(1);
-    auto optimizer = make(net->parameters());
-    double loss = 0;
-    for (int step = 0; step < 300; ++step) {
-      optimizer->zero_grad();
-      auto value = torch::mse_loss(net->forward(x), y);
-      value.backward();
-      optimizer->step();
-      loss = value.template item<double>();
-    }
-    return loss;
-  };
-  const auto of = [](auto codec) {
-    return [](const auto& p) {
-      return std::make_unique<AdamWOf<typename decltype(codec)::type>>(
-          p, AdamWOptions(3e-3), StateOptions{.min_packed_elements = 0});
-    };
-  };
-  EXPECT_LE(train(of(std::type_identity<Fp32>{})), 0.02);  // from 1.5 at the start
-  EXPECT_LE(train(of(std::type_identity<BFloat16>{})), 0.02);
-  EXPECT_LE(train(of(std::type_identity<Int4>{})), 0.04);
+TEST_F(StateCodes4, ASmallTaskConverges) {
+  const StateOptions all{.min_packed_elements = 0};
+  EXPECT_LE(final_loss(make<AdamWOf<Fp32>>(AdamWOptions(3e-3), all)), 0.02);
+  EXPECT_LE(final_loss(make<AdamWOf<BFloat16>>(AdamWOptions(3e-3), all)), 0.02);
+  EXPECT_LE(final_loss(make<AdamWOf<Int4>>(AdamWOptions(3e-3), all)), 0.04);
 }
 
 template <class Codec>
-void expect_resumed_training_to_be_bit_equal() {
+void expect_codes_to_be_resumed() {
   const auto train = [](auto& optimizer, at::Tensor& p, int from, int to) {
     for (int step = from; step < to; ++step) {
       p.mutable_grad() = values<BFloat16>(p.numel(), static_cast<std::uint64_t>(step)).view_as(p);
@@ -252,9 +229,9 @@ void expect_resumed_training_to_be_bit_equal() {
   train(one, whole, 8, 9);
   EXPECT_LE((parted - whole).norm().template item<double>(), 0.1 * 1e-3 * std::sqrt(6390));
 }
-TEST(StateCodes4, SavedStatesGoOnBitForBit) {
-  expect_resumed_training_to_be_bit_equal<BFloat16>();
-  expect_resumed_training_to_be_bit_equal<Int4>();
+TEST_F(StateCodes4, SavedStatesGoOnBitForBit) {
+  expect_codes_to_be_resumed<BFloat16>();
+  expect_codes_to_be_resumed<Int4>();
 }
 
 }  // namespace

@@ -101,6 +101,24 @@ class AdamMini(Paper):
         p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(group["lr"] * way.view_as(p))
 
 
+class AdamWFactored(Paper):
+    """AdamW with v = R C^T / mean(R) of a matrix (arXiv 1804.04235, section 3)."""
+
+    def step_one(self, p, grad, state, group):
+        b1, b2 = group["betas"]
+        p.mul_(1 - group["lr"] * group["weight_decay"])
+        if p.dim() < 2:
+            return p.sub_(group["lr"] * self.adam(grad, state, (b1, b2), group["eps"]))
+        m = state.setdefault("m", torch.zeros_like(p))
+        r = state.setdefault("r", torch.zeros_like(p[:, 0]))
+        c = state.setdefault("c", torch.zeros_like(p[0]))
+        m.mul_(b1).add_((1 - b1) * grad)
+        r.mul_(b2).add_((1 - b2) * (grad * grad).mean(1))
+        c.mul_(b2).add_((1 - b2) * (grad * grad).mean(0))
+        v = torch.outer(r, c) / r.mean() / (1 - b2 ** state["step"])
+        p.sub_(group["lr"] * m / (1 - b1 ** state["step"]) / (v.sqrt() + group["eps"]))
+
+
 def in_full_precision(make):
     """torch.optim.Muon computes in bf16: here in the parameter's dtype."""
     def made(params):
@@ -153,6 +171,8 @@ TABLES = {
                                        share=1)),
     "AdamMiniHeads": run(lambda p: AdamMini(p, lr=1e-2, betas=(0.9, 0.99), eps=1e-8,
                                             weight_decay=0.1, share=5)),
+    "AdamWFactored": run(lambda p: AdamWFactored(p, lr=1e-2, betas=(0.8, 0.99), eps=1e-7,
+                                                 weight_decay=0.1)),
     "MuonWide": run(in_full_precision(lambda p: torch.optim.Muon(p, lr=1e-2)), [(6, 20)]),
     "MuonTall": run(in_full_precision(lambda p: torch.optim.Muon(
         p, lr=1e-2, momentum=0.8, nesterov=False, weight_decay=0.3,

@@ -8,11 +8,9 @@
 /// A matrix takes 4 * (rows + columns) bytes. A vector has a second moment a value, in the codec. A
 /// tensor of more dimensions is a matrix of dimension 0 and the rest; Python factors its last two
 /// dimensions, batched over the others.
-#include <fourfold/optim/detail/matrix_step.hpp>
+#include <fourfold/optim/detail/factored_moment.hpp>
 #include <fourfold/optim/optimizer.hpp>
 #include <fourfold/optim/options.hpp>
-
-#include <limits>
 
 namespace fourfold::inline v0 {
 namespace optim {
@@ -72,8 +70,7 @@ struct AdafactorRule {
     return {0, p.dim() < 2 ? p.numel() : 0};
   }
   static std::vector<std::vector<std::int64_t>> extra(const at::Tensor& p, const Options&) {
-    if (p.dim() < 2 || p.numel() == 0) return {};
-    return {{p.size(0)}, {p.numel() / p.size(0)}};
+    return detail::factored_sizes(p);
   }
 
   template <class State>
@@ -115,25 +112,15 @@ struct AdafactorRule {
   template <class Matrix>
   static std::pair<std::vector<float>, std::vector<float>> factors(const Matrix& matrix,
                                                                    double take, double eps1) {
-    const auto update = [&](at::Tensor& means, const std::vector<double>& squares, double count) {
-      float* mean = means.mutable_data_ptr<float>();
-      for (std::size_t i = 0; i < squares.size(); ++i)
-        mean[i] = static_cast<float>(mean[i] + take * (squares[i] / count - mean[i]));
-      return mean;
-    };
-    const float* row =
-        update(matrix.state.extra[0], matrix.row_squares(), static_cast<double>(matrix.columns));
-    const float* column =
-        update(matrix.state.extra[1], matrix.column_squares(), static_cast<double>(matrix.rows));
-    double mean = 0;
-    for (std::int64_t i = 0; i < matrix.rows; ++i) mean += row[i];
-    mean = std::max(mean / static_cast<double>(matrix.rows), eps1);
+    const detail::FactoredMoment moment = detail::update_factors(matrix, take);
+    const double mean = std::max(moment.mean, eps1);
     std::vector<float> rows(static_cast<std::size_t>(matrix.rows));
     std::vector<float> columns(static_cast<std::size_t>(matrix.columns));
     for (std::size_t i = 0; i < rows.size(); ++i)
-      rows[i] = static_cast<float>(std::sqrt(mean / row[i]));  // of 0 it is infinity, bounded below
+      rows[i] = static_cast<float>(
+          std::sqrt(mean / moment.rows[i]));  // of 0 it is infinity, bounded below
     for (std::size_t i = 0; i < columns.size(); ++i)
-      columns[i] = static_cast<float>(1 / std::sqrt(double{column[i]}));
+      columns[i] = static_cast<float>(1 / std::sqrt(double{moment.columns[i]}));
     return {std::move(rows), std::move(columns)};
   }
 

@@ -53,8 +53,16 @@ struct AdamWRule {
 };
 static_assert(ElementwiseRule<AdamWRule>);
 
+/// The rule that AdamW follows with a second moment in C; optim/factored.hpp has another.
+template <class C>
+struct AdamWBy {
+  using Rule = AdamWRule;
+  using Second = C;
+};
+
 template <class MomentCodec, class SecondMomentCodec, class MasterCodec = RoundNearest>
-using AdamW = Optimizer<AdamWRule, MomentCodec, SecondMomentCodec, MasterCodec>;
+using AdamW = Optimizer<typename AdamWBy<SecondMomentCodec>::Rule, MomentCodec,
+                        typename AdamWBy<SecondMomentCodec>::Second, MasterCodec>;
 
 /// AdamW by one word for both moments: AdamWOf<Int8> has 8-bit companded moments, AdamWOf<Fp32>
 /// plain.

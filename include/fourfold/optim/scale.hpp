@@ -10,8 +10,8 @@
 /// A matrix W of (outputs, inputs), as LibTorch's Linear has it, steps by lr * m_row / |m_row|: the
 /// paper's columns are our rows. Convolutions are (outputs, the rest). Vectors (biases, norms) are
 /// stepped by AdamW with betas() and eps(), whose moments are small.
-#include <fourfold/optim/adamw.hpp>
 #include <fourfold/optim/detail/matrix_step.hpp>
+#include <fourfold/optim/detail/step_vector.hpp>
 #include <fourfold/optim/options.hpp>
 
 namespace fourfold::inline v0 {
@@ -36,16 +36,6 @@ struct ScaleOptions : detail::OptionsOf<ScaleOptions> {
 
 namespace detail {
 
-/// AdamW of a vector under a rule for matrices, whose options name betas and eps as AdamW's do.
-template <class State, class Options>
-void step_vector(const at::Tensor& p, const at::Tensor& grad, State& state, const Options& options,
-                 const StepCount& count, const StepKeys& keys, bool maximize) {
-  const auto [beta1, beta2] = options.betas();
-  const AdamWFactors factors(options.lr(), beta1, beta2, options.eps(), options.weight_decay(),
-                             count.step);
-  step_values<AdamWRule>(p, grad, state, factors, keys, maximize);
-}
-
 /// m = keep * m + take * g
 struct Momentum {
   FOURFOLD_LOOP static void run(float* __restrict m, const float* __restrict g, std::int64_t n,
@@ -54,15 +44,6 @@ struct Momentum {
         n, [&](std::int64_t i) FOURFOLD_LOOP_BODY { m[i] = std::fma(g[i], take, m[i] * keep); });
   }
 };
-/// p = p * decay + x * rate
-struct AddScaled {
-  FOURFOLD_LOOP static void run(float* __restrict p, const float* __restrict x, std::int64_t n,
-                                float decay, float rate) {
-    for_each_value(
-        n, [&](std::int64_t i) FOURFOLD_LOOP_BODY { p[i] = std::fma(x[i], rate, p[i] * decay); });
-  }
-};
-
 }  // namespace detail
 
 struct ScaleRule {

@@ -13,21 +13,12 @@
 /// once compress_weights<C> has run, or by load<C>(model, path).
 #include <fourfold/codec/group_int.hpp>
 #include <fourfold/codec/nf4.hpp>
+#include <fourfold/core/whole_file.hpp>
 #include <fourfold/weights/load_model.hpp>
 #include <fourfold/weights/saved_model.hpp>
 
-#include <atomic>
-#include <cerrno>
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
 #include <fstream>
 #include <string>
-#if defined(__unix__) || defined(__APPLE__)
-#include <fcntl.h>
-#include <sys/stat.h>
-#include <unistd.h>
-#endif
 
 namespace fourfold::inline v0 {
 
@@ -39,66 +30,9 @@ void save(M&& model, std::ostream& out) {
               "fourfold::save: the stream refused to take the model; is its disk full?");
 }
 
-namespace detail {
-
-/// Bytes that a crash after the rename must not lose.
-inline void flush_to_disk(const std::string& path) {
-#if defined(__unix__) || defined(__APPLE__)
-  if (const int file = ::open(path.c_str(), O_RDONLY); file >= 0) {
-    ::fsync(file);
-    ::close(file);
-  }
-#else
-  static_cast<void>(path);
-#endif
-}
-
-/// Where the bytes go: beside the file, under a name that nobody else has, until they are complete.
-/// A link stays a link; a device or a pipe is written to as it is.
-template <class = void>
-struct BasicSaveTarget {
-  explicit BasicSaveTarget(const std::string& path) : file(path) {
-    static std::atomic<unsigned> saves{0};
-    beside = ".partial." + std::to_string(saves.fetch_add(1));
-#if defined(__unix__) || defined(__APPLE__)
-    if (char* const resolved = ::realpath(path.c_str(), nullptr)) {
-      file = resolved;
-      std::free(resolved);
-    }
-    struct stat status {};
-    const bool special = ::stat(file.c_str(), &status) == 0 && !S_ISREG(status.st_mode);
-    beside = special ? file : file + "." + std::to_string(::getpid()) + beside;
-#else
-    beside = file + beside;
-#endif
-  }
-  std::string file, beside;
-};
-using SaveTarget = BasicSaveTarget<>;
-
-}  // namespace detail
-
 template <ModuleLike M>
 void save(M&& model, const std::string& path) {
-  const detail::SaveTarget target(path);
-  const std::string& beside = target.beside;
-  try {
-    std::ofstream out(beside, std::ios::binary | std::ios::trunc);
-    TORCH_CHECK(out.is_open(), "fourfold::save cannot write ", beside,
-                "; does its folder exist, and may it be written?");
-    save(model, out);
-    out.close();
-    TORCH_CHECK(!out.fail(), "fourfold::save could not write all of ", beside,
-                "; is the disk full?");
-    detail::flush_to_disk(beside);
-    TORCH_CHECK(beside == target.file || std::rename(beside.c_str(), target.file.c_str()) == 0,
-                "fourfold::save could not put the file in place, from ", beside, " to ",
-                target.file, ": ", std::strerror(errno),
-                "; is the folder still there, and may it be written?");
-  } catch (...) {
-    if (beside != target.file) std::remove(beside.c_str());
-    throw;
-  }
+  write_whole_file(path, "fourfold::save", [&](std::ostream& out) { save(model, out); });
 }
 
 namespace detail {

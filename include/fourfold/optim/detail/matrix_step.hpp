@@ -35,6 +35,15 @@ struct AddSquares {
   }
 };
 
+/// p = p * decay + x * rate
+struct AddScaled {
+  FOURFOLD_LOOP static void run(float* __restrict p, const float* __restrict x, std::int64_t n,
+                                float decay, float rate) {
+    for_each_value(
+        n, [&](std::int64_t i) FOURFOLD_LOOP_BODY { p[i] = std::fma(x[i], rate, p[i] * decay); });
+  }
+};
+
 template <class = void>
 double sum_of_squares(const float* x, std::int64_t n, Isa isa) {
   double sum = 0;
@@ -127,17 +136,30 @@ struct MatrixStep {
   template <class F>
   void update(const F& f) const {
     for_each_tile([&](std::int64_t begin, std::int64_t n) {
-      alignas(64) float value[kTile], scratch[kTile], first[kTile], second[kTile];
-      const bool has_first = state.first.numel() == numel();
-      const bool has_second = state.second.numel() == numel();
-      float* m = has_first ? state.first.load(begin, n, first, isa) : nullptr;
-      float* v = has_second ? state.second.load(begin, n, second, isa) : nullptr;
+      alignas(64) float value[kTile];
       float* weights = load(begin, n, value);
-      f(begin, n, weights, gradient(begin, n, scratch), m, v);
+      with_moments(begin, n,
+                   [&](const float* g, float* m, float* v) { f(begin, n, weights, g, m, v); });
       if constexpr (!std::is_same_v<T, float>)
         state.master.store(begin, n, weights, values + begin, keys.master, isa);
-      if (has_first) state.first.store(begin, n, m, keys.first, isa);
-      if (has_second) state.second.store(begin, n, v, keys.second, isa);
+    });
+  }
+  /// f(begin, n, weights, gradient): the same without the moments.
+  template <class F>
+  void update_weights(const F& f) const {
+    for_each_tile([&](std::int64_t begin, std::int64_t n) {
+      alignas(64) float value[kTile], scratch[kTile];
+      float* weights = load(begin, n, value);
+      f(begin, n, weights, gradient(begin, n, scratch));
+      if constexpr (!std::is_same_v<T, float>)
+        state.master.store(begin, n, weights, values + begin, keys.master, isa);
+    });
+  }
+  /// f(begin, n, gradient, m, v): the same without the weights.
+  template <class F>
+  void update_moments(const F& f) const {
+    for_each_tile([&](std::int64_t begin, std::int64_t n) {
+      with_moments(begin, n, [&](const float* g, float* m, float* v) { f(begin, n, g, m, v); });
     });
   }
 
@@ -151,6 +173,17 @@ struct MatrixStep {
       for (std::int64_t tile = a; tile < b; ++tile)
         f(tile * kTile, std::min(kTile, numel() - tile * kTile));
     });
+  }
+  template <class F>
+  void with_moments(std::int64_t begin, std::int64_t n, const F& f) const {
+    alignas(64) float scratch[kTile], first[kTile], second[kTile];
+    const bool has_first = state.first.numel() == numel();
+    const bool has_second = state.second.numel() == numel();
+    float* m = has_first ? state.first.load(begin, n, first, isa) : nullptr;
+    float* v = has_second ? state.second.load(begin, n, second, isa) : nullptr;
+    f(gradient(begin, n, scratch), m, v);
+    if (has_first) state.first.store(begin, n, m, keys.first, isa);
+    if (has_second) state.second.store(begin, n, v, keys.second, isa);
   }
   float* load(std::int64_t begin, std::int64_t n, float* scratch) const {
     if constexpr (std::is_same_v<T, float>)

@@ -36,14 +36,16 @@ void check_gradient(const std::string& rule, const at::Tensor& p, const at::Tens
 /// The noise of one parameter's step: none where states are rounded to nearest.
 struct StepKeys {
   std::optional<Key> first, second, master;
+  Key matrix;  ///< of random projections; its step is the rule's to set
 
   StepKeys() = default;
-  /// `storage`: two numbers a parameter, one for each moment; weights have numbers far from both.
+  /// `storage`: two numbers a parameter, one for each moment; the others have numbers far from both.
   /// Forward 0 is no scope's.
   StepKeys(std::uint64_t seed, std::int64_t step, std::uint64_t storage, bool moments) {
     const auto at = static_cast<std::uint64_t>(step);
     if (moments) first = Key{seed, at, 0, storage}, second = Key{seed, at, 0, storage + 1};
     master = Key{seed, at, 0, storage + (std::uint64_t{1} << 62)};
+    matrix = Key{seed, 0, 0, storage + (std::uint64_t{1} << 61)};
   }
 };
 
