@@ -92,6 +92,8 @@ int main(int argc, char** argv) {
   benchmark::Initialize(&argc, argv);
   if (benchmark::ReportUnrecognizedArguments(argc, argv)) return 1;
   declare<fourfold::Int8>("adamw/int8/step");
+  declare<fourfold::Int4>("adamw/int4/step");
+  declare<fourfold::optim::BFloat16>("adamw/bf16/step");
   declare<fourfold::optim::Fp32>("adamw/fp32/step");
   benchmark::RunSpecifiedBenchmarks();
 }

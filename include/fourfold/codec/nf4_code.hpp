@@ -65,6 +65,14 @@ inline constexpr std::array<float, 16> kGaps = [] {
   return gaps;
 }();
 
+/// The levels of a code of 4 bits as the loops of codec/detail/nf4_loops.hpp want them.
+struct NormalLevels {
+  static constexpr const std::array<float, 16>& kLevels = nf4::kLevels;
+  static constexpr const std::array<float, 16>& kMidpoints = nf4::kMidpoints;
+  static constexpr const std::array<float, 16>& kInner = nf4::kInner;
+  static constexpr const std::array<float, 16>& kGaps = nf4::kGaps;
+};
+
 /// Blocks whose largest magnitude lies below the smallest normal number are held as zeros.
 inline constexpr float kSmallest = 1.17549435e-38F;
 inline constexpr int kZeroCode = 7;
@@ -85,17 +93,20 @@ FOURFOLD_HOST_DEVICE constexpr int count_below(const std::array<float, 16>& thre
   return count;
 }
 
+template <class L = NormalLevels>
 FOURFOLD_HOST_DEVICE constexpr int encode(float value, float scale) {
-  return count_below(kMidpoints, value / scale);
+  return count_below(L::kMidpoints, value / scale);
 }
+template <class L = NormalLevels>
 FOURFOLD_HOST_DEVICE constexpr int encode(float value, float scale, float u) {
   const float x = value / scale;
-  const int low = count_below(kInner, x);
+  const int low = count_below(L::kInner, x);
   const auto i = static_cast<std::size_t>(low);
-  return low + (x - kLevels[i] > u * kGaps[i] ? 1 : 0);
+  return low + (x - L::kLevels[i] > u * L::kGaps[i] ? 1 : 0);
 }
+template <class L = NormalLevels>
 FOURFOLD_HOST_DEVICE constexpr float decode(int code, float scale) {
-  return kLevels[static_cast<std::size_t>(code)] * scale;
+  return L::kLevels[static_cast<std::size_t>(code)] * scale;
 }
 
 /// Scales under double_quant: (code * step)^2, the square giving small scales a finer grid. The

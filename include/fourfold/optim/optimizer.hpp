@@ -50,13 +50,14 @@ class Optimizer : public ::torch::optim::Optimizer, public ParameterStepper {
       !kIsLinear<SecondMomentCodec>,
       "a second moment spans orders of magnitude, and evenly spaced codes round its small values "
       "to zero, which the step divides by: use Companded<8, Sqrt> for the second moment");
-  using State = detail::ParameterState<MomentCodec, SecondMomentCodec, MasterCodec>;
   using Base = ::torch::optim::Optimizer;
   using Group = ::torch::optim::OptimizerParamGroup;
   using GroupPlace = detail::GroupPlace;
 
  public:
+  using RuleType = Rule;
   using Options = typename Rule::Options;
+  using State = detail::ParameterState<MomentCodec, SecondMomentCodec, MasterCodec>;
 
   explicit Optimizer(const std::vector<Group>& groups, Options defaults = {},
                      StateOptions states = {})
@@ -193,6 +194,12 @@ void Optimizer<R, M, V, W>::check(const at::Tensor& p, const GroupPlace& at) {
   if (!p.requires_grad() || !p.grad().defined()) return;
   const std::int64_t index = index_of(at);
   detail::check_gradient(R::name(), p, p.grad(), index);
+  detail::Master<W>::check(p, R::name(), index);
+  if constexpr (kByRows<R>)
+    TORCH_CHECK(p.scalar_type() != at::kDouble, R::name(), " steps Float, BFloat16 and Half ",
+                "parameters, and parameter ", index,
+                " is Double; convert it with to(torch::kFloat)");
+  if constexpr (requires { R::check_parameter(p, index); }) R::check_parameter(p, index);
   const State* state = find(p);
   if (state == nullptr) return;
   TORCH_CHECK(p.sizes() == state->sizes, R::name(), ": parameter ", index, " is ", p.sizes(),
@@ -215,7 +222,10 @@ void Optimizer<R, M, V, W>::step_one(const at::Tensor& p, const GroupPlace& at) 
   const StepCount count{++state.step, fresh};
   const detail::StepKeys keys(seed_, state.step, static_cast<std::uint64_t>(2 * index_of(at)),
                               states_.stochastic);
-  detail::step_values<R>(p, p.grad(), state, R::factors(options, count), keys, states_.maximize);
+  if constexpr (ElementwiseRule<R>)
+    detail::step_values<R>(p, p.grad(), state, R::factors(options, count), keys, states_.maximize);
+  else
+    R::step(p, p.grad(), state, options, count, keys, states_.maximize);
 }
 
 template <UpdateRule R, class M, class V, class W>

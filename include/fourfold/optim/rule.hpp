@@ -53,7 +53,11 @@ concept ElementwiseRule = UpdateRule<R> &&
 };
 
 /// A rule that looks at whole rows or at the whole matrix. Rows are dimension 0, one output each in
-/// LibTorch's layers; what follows is one row's values.
+/// LibTorch's layers; what follows is one row's values. In place of factors and update it has
+///   static constexpr bool kByRows = true;
+///   step(p, grad, state, options, count, keys, maximize)   // detail/matrix_step.hpp walks the tiles
+///   extra(p, options)             // optional: sizes of what it keeps in fp32 beside the moments
+///   check_parameter(p, index)     // optional: throws where it cannot step such a parameter
 template <class R>
 inline constexpr bool kByRows = requires {
   requires R::kByRows;

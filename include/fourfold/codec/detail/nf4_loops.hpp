@@ -40,10 +40,12 @@ FOURFOLD_NF4_AVX512 inline __m512i count_below_avx512(__m512 thresholds, __m512 
   return count;
 }
 
+template <class L = NormalLevels>
 FOURFOLD_NF4_AVX512 inline void encode_avx512(const float* values, std::int64_t n, float scale,
                                               const std::uint16_t* random, std::uint8_t* codes) {
-  const __m512 levels = _mm512_loadu_ps(kLevels.data()), gaps = _mm512_loadu_ps(kGaps.data());
-  const __m512 thresholds = _mm512_loadu_ps(random == nullptr ? kMidpoints.data() : kInner.data());
+  const __m512 levels = _mm512_loadu_ps(L::kLevels.data()), gaps = _mm512_loadu_ps(L::kGaps.data());
+  const __m512 thresholds =
+      _mm512_loadu_ps(random == nullptr ? L::kMidpoints.data() : L::kInner.data());
   for (std::int64_t i = 0; i < n; i += 16) {
     const __m512 x = _mm512_div_ps(_mm512_loadu_ps(values + i), _mm512_set1_ps(scale));
     __m512i code = count_below_avx512(thresholds, x);
@@ -62,9 +64,10 @@ FOURFOLD_NF4_AVX512 inline void encode_avx512(const float* values, std::int64_t 
   }
 }
 
+template <class L = NormalLevels>
 FOURFOLD_NF4_AVX512 inline void decode_avx512(const std::uint8_t* codes, std::int64_t n,
                                               float scale, float* out) {
-  const __m512 levels = _mm512_loadu_ps(kLevels.data());
+  const __m512 levels = _mm512_loadu_ps(L::kLevels.data());
   const __m128i low = _mm_set1_epi8(15);
   for (std::int64_t i = 0; i < n; i += 32) {
     const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + i / 2));
@@ -115,9 +118,10 @@ FOURFOLD_NF4_AVX2 inline __m256i count_below_avx2(const std::array<float, 16>& t
   return count;
 }
 
+template <class L = NormalLevels>
 FOURFOLD_NF4_AVX2 inline void encode_avx2(const float* values, std::int64_t n, float scale,
                                           const std::uint16_t* random, std::uint8_t* codes) {
-  const std::array<float, 16>& thresholds = random == nullptr ? kMidpoints : kInner;
+  const std::array<float, 16>& thresholds = random == nullptr ? L::kMidpoints : L::kInner;
   for (std::int64_t i = 0; i < n; i += 32) {
     __m256i four[4];
     for (int part = 0; part < 4; ++part) {
@@ -129,8 +133,8 @@ FOURFOLD_NF4_AVX2 inline void encode_avx2(const float* values, std::int64_t n, f
             _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(random + at)));
         const __m256 u = _mm256_fmadd_ps(_mm256_cvtepi32_ps(bits), _mm256_set1_ps(1.0F / 65536.0F),
                                          _mm256_set1_ps(0.5F / 65536.0F));
-        const __m256 up = _mm256_cmp_ps(_mm256_sub_ps(x, look_up_avx2(kLevels, code)),
-                                        _mm256_mul_ps(u, look_up_avx2(kGaps, code)), _CMP_GT_OQ);
+        const __m256 up = _mm256_cmp_ps(_mm256_sub_ps(x, look_up_avx2(L::kLevels, code)),
+                                        _mm256_mul_ps(u, look_up_avx2(L::kGaps, code)), _CMP_GT_OQ);
         code = _mm256_sub_epi32(code, _mm256_castps_si256(up));
       }
       four[part] = code;
@@ -146,6 +150,7 @@ FOURFOLD_NF4_AVX2 inline void encode_avx2(const float* values, std::int64_t n, f
   }
 }
 
+template <class L = NormalLevels>
 FOURFOLD_NF4_AVX2 inline void decode_avx2(const std::uint8_t* codes, std::int64_t n, float scale,
                                           float* out) {
   const __m128i low = _mm_set1_epi8(15);
@@ -155,9 +160,10 @@ FOURFOLD_NF4_AVX2 inline void decode_avx2(const std::uint8_t* codes, std::int64_
         _mm_unpacklo_epi8(_mm_and_si128(bytes, low), _mm_and_si128(_mm_srli_epi16(bytes, 4), low));
     const __m256i first = _mm256_cvtepu8_epi32(each);
     const __m256i second = _mm256_cvtepu8_epi32(_mm_srli_si128(each, 8));
-    _mm256_storeu_ps(out + i, _mm256_mul_ps(look_up_avx2(kLevels, first), _mm256_set1_ps(scale)));
+    _mm256_storeu_ps(out + i,
+                     _mm256_mul_ps(look_up_avx2(L::kLevels, first), _mm256_set1_ps(scale)));
     _mm256_storeu_ps(out + i + 8,
-                     _mm256_mul_ps(look_up_avx2(kLevels, second), _mm256_set1_ps(scale)));
+                     _mm256_mul_ps(look_up_avx2(L::kLevels, second), _mm256_set1_ps(scale)));
   }
 }
 
@@ -220,6 +226,7 @@ inline float largest_magnitude(const float* values, std::int64_t n, Isa isa) {
 
 /// Codes of one block. Without a usable scale (0 or NaN) all codes are that of zero, which decodes
 /// to 0 or NaN.
+template <class L = NormalLevels>
 inline void encode_block(const float* values, std::int64_t n, float scale,
                          const std::uint16_t* random, std::uint8_t* codes, Isa isa) {
   if (!(scale > 0)) {
@@ -227,26 +234,28 @@ inline void encode_block(const float* values, std::int64_t n, float scale,
     return;
   }
 #if defined(__x86_64__)
-  if (isa == Isa::kAvx512) return encode_avx512(values, n, scale, random, codes);
-  if (isa == Isa::kAvx2) return encode_avx2(values, n, scale, random, codes);
+  if (isa == Isa::kAvx512) return encode_avx512<L>(values, n, scale, random, codes);
+  if (isa == Isa::kAvx2) return encode_avx2<L>(values, n, scale, random, codes);
 #endif
   static_cast<void>(isa);
   const auto code = [&](std::int64_t i) {
-    if (random == nullptr) return encode(values[i], scale);
-    return encode(values[i], scale, (static_cast<float>(random[i]) + 0.5F) * (1.0F / 65536.0F));
+    if (random == nullptr) return encode<L>(values[i], scale);
+    return encode<L>(values[i], scale, (static_cast<float>(random[i]) + 0.5F) * (1.0F / 65536.0F));
   };
   for (std::int64_t i = 0; i < n; i += 2)
     codes[i / 2] = static_cast<std::uint8_t>(code(i) | code(i + 1) << 4);
 }
 
+template <class L = NormalLevels>
 inline void decode_block(const std::uint8_t* codes, std::int64_t n, float scale, float* out,
                          Isa isa) {
 #if defined(__x86_64__)
-  if (isa == Isa::kAvx512) return decode_avx512(codes, n, scale, out);
-  if (isa == Isa::kAvx2) return decode_avx2(codes, n, scale, out);
+  if (isa == Isa::kAvx512) return decode_avx512<L>(codes, n, scale, out);
+  if (isa == Isa::kAvx2) return decode_avx2<L>(codes, n, scale, out);
 #endif
   static_cast<void>(isa);
-  for (std::int64_t i = 0; i < n; ++i) out[i] = decode(codes[i / 2] >> (4 * (i % 2)) & 15, scale);
+  for (std::int64_t i = 0; i < n; ++i)
+    out[i] = decode<L>(codes[i / 2] >> (4 * (i % 2)) & 15, scale);
 }
 
 inline float squared_error(const float* values, std::int64_t n, float largest, float share,

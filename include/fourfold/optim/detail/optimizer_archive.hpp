@@ -225,14 +225,26 @@ struct LoadedStates {
     state->second = load_moment<typename State::Second>(one, "second", n.second, second_,
                                                         pack(n.second), where);
     if (version_ > 1) {
-      InputArchive part;
-      reader.read_part("master", part);
-      state->master.adopt(load_buffers(part, state->master.buffers(), "the master of " + where));
+      load_master(reader, state->master, where);
       InputArchive more;
       reader.read_part("extra", more);
       state->extra = load_buffers(more, state->extra, "'extra' of " + where);
     }
     return state;
+  }
+
+  /// What another codec kept of a weight is left aside where ours keeps nothing.
+  void load_master(const door::ArchiveReader& reader, Master<typename State::MasterCodec>& master,
+                   const std::string& where) const {
+    InputArchive part;
+    reader.read_part("master", part);
+    const std::int64_t kept = door::ArchiveReader(part, kFile).read_int("count");
+    const std::string ours = State::MasterCodec::name();
+    if (master.buffers().empty() || kept == 0) return;
+    TORCH_CHECK(master_ == ours, "this file keeps weights by ", master_, ", and this optimizer by ",
+                ours, "; load it into an optimizer of ", master_,
+                ", or into one of RoundNearest, which leaves aside what was kept");
+    master.adopt(load_buffers(part, master.buffers(), "the master of " + where));
   }
 
   std::int64_t min_packed_elements_;

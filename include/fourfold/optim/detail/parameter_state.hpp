@@ -77,7 +77,7 @@ struct ParameterState final : public ::torch::optim::OptimizerCloneableParamStat
 
   ParameterState() = default;
   ParameterState(const at::Tensor& p, bool by_rows)
-      : sizes(p.sizes().vec()), strides(state_strides(p, by_rows)), master(p) {}
+      : sizes(p.sizes().vec()), strides(state_strides(p, by_rows)), master(p, strides) {}
 
   /// Makes the moments that are not there yet; whether there were none before.
   template <class Rule>

@@ -11,12 +11,12 @@
 /// no product otherwise: compilers contract those where a processor has the instruction. Kernels
 /// copy structs given by reference, so that no store can alias them.
 #include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
 #include <fourfold/core/host_device.hpp>
 #include <fourfold/core/isa.hpp>
 
 #include <bit>
 #include <cstdint>
-#include <type_traits>
 
 #define FOURFOLD_LOOP_BODY __attribute__((always_inline))
 #define FOURFOLD_LOOP FOURFOLD_LOOP_BODY inline
@@ -58,32 +58,33 @@ void run_vectorised(Isa isa, Args... args) {
   Kernel::run(args...);
 }
 
-/// fp32 of any floating values.
+/// NaN's bits have one form, since an error of NaN's lower bits could make it infinity.
+FOURFOLD_LOOP std::uint32_t bits_of(float x) {
+  const auto bits = std::bit_cast<std::uint32_t>(x);
+  return (bits & 0x7FFFFFFFu) > 0x7F800000u ? 0x7FC00000u : bits;
+}
+FOURFOLD_LOOP float widened(c10::BFloat16 x) {
+  return std::bit_cast<float>(std::uint32_t{x.x} << 16);
+}
+FOURFOLD_LOOP float widened(c10::Half x) { return static_cast<float>(x); }
+FOURFOLD_LOOP void narrow(float x, c10::BFloat16& out) {
+  const std::uint32_t bits = bits_of(x);
+  out.x = static_cast<std::uint16_t>((bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16);
+}
+FOURFOLD_LOOP void narrow(float x, c10::Half& out) { out = static_cast<c10::Half>(x); }
+
+/// fp32 of bf16 or fp16.
 struct Widen {
   template <class T>
   FOURFOLD_LOOP static void run(float* __restrict out, const T* __restrict x, std::int64_t n) {
-    for_each_value(n, [&](std::int64_t i) FOURFOLD_LOOP_BODY {
-      if constexpr (std::is_same_v<T, c10::BFloat16>)
-        out[i] = std::bit_cast<float>(std::uint32_t{x[i].x} << 16);
-      else
-        out[i] = static_cast<float>(x[i]);
-    });
+    for_each_value(n, [&](std::int64_t i) FOURFOLD_LOOP_BODY { out[i] = widened(x[i]); });
   }
 };
 /// bf16 or fp16, rounded to nearest.
 struct Narrow {
   template <class T>
   FOURFOLD_LOOP static void run(T* __restrict out, const float* __restrict x, std::int64_t n) {
-    for_each_value(n, [&](std::int64_t i) FOURFOLD_LOOP_BODY {
-      if constexpr (std::is_same_v<T, c10::BFloat16>) {  // c10's arithmetic, without its branch
-        const auto bits = std::bit_cast<std::uint32_t>(x[i]);
-        const std::uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
-        out[i].x =
-            static_cast<std::uint16_t>((bits & 0x7FFFFFFFu) > 0x7F800000u ? 0x7FC0u : rounded);
-      } else {
-        out[i] = static_cast<T>(x[i]);
-      }
-    });
+    for_each_value(n, [&](std::int64_t i) FOURFOLD_LOOP_BODY { narrow(x[i], out[i]); });
   }
 };
 struct Negate {
