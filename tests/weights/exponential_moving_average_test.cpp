@@ -151,8 +151,12 @@ TEST(ExponentialMovingAverage, TiedPackedAndBuffers) {
   std::vector<std::string> names;
   for (const auto& [name, value] : average.averages()) {
     names.push_back(name);
-    if (name == "norm.running_mean") EXPECT_TRUE(value.equal(torch::ones({8})));
-    if (name == "norm.num_batches_tracked") EXPECT_EQ(value.item<std::int64_t>(), 7);
+    if (name == "norm.running_mean") {
+      EXPECT_TRUE(value.equal(torch::ones({8})));
+    }
+    if (name == "norm.num_batches_tracked") {
+      EXPECT_EQ(value.item<std::int64_t>(), 7);
+    }
   }
   EXPECT_THAT(names, testing::Contains("weight"));
   EXPECT_THAT(names, testing::Not(testing::Contains("alias")));
