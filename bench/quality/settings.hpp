@@ -71,6 +71,27 @@ class ReleasedTrainer final : public Trainer {
   fourfold::GradientRelease<> release_;
 };
 
+/// Weights in bf16, with what `Master` keeps of their rounding; the forward computes in bf16.
+template <class States, class Master>
+class LowWeightsTrainer final : public Trainer {
+ public:
+  explicit LowWeightsTrainer(torch::nn::Module& model)
+      : optimizer_((model.to(torch::kBFloat16), model.parameters()), torch::optim::AdamWOptions()) {
+  }
+
+  double step(const std::function<torch::Tensor()>& loss, double learning_rate) override {
+    set_learning_rate(optimizer_, learning_rate);
+    optimizer_.zero_grad();
+    const torch::Tensor value = loss();
+    value.backward();
+    optimizer_.step();
+    return value.template item<double>();
+  }
+
+ private:
+  fourfold::optim::AdamWOf<States, Master> optimizer_;
+};
+
 template <class T>
 std::unique_ptr<Trainer> make(torch::nn::Module& model) {
   return std::make_unique<T>(model);
@@ -102,6 +123,21 @@ inline std::span<const Setting> settings() {
       {"perturbed", "plain from weights moved by 2^-20: chaos alone", {}, perturbed},
       {"exact", "the preset Exact", 0, make<PipelineTrainer<Exact>>},
       {"adamw8", "8-bit moments", 0.1, make<Training<OptimizerStates<Int8>>>},
+      {"adamw4", "4-bit moments", 0.3, make<Training<OptimizerStates<Int4>>>},
+      {"master32",
+       "bf16 weights with fp32 masters, fp32 moments: what bf16 alone costs",
+       {},
+       make<LowWeightsTrainer<optim::Fp32, optim::Fp32>>},
+      {"master24", "bf16 weights and 8 bits of error, fp32 moments", 0.05,
+       make<LowWeightsTrainer<optim::Fp32, optim::ErrorCorrection<8>>>},
+      {"master24_adamw4",
+       "bf16 weights and 8 bits of error, 4-bit moments",
+       {},
+       make<LowWeightsTrainer<Int4, optim::ErrorCorrection<8>>>},
+      {"stochastic",
+       "bf16 weights rounded stochastically, 8-bit moments",
+       {},
+       make<LowWeightsTrainer<Int8, optim::RoundStochastic>>},
       {"balanced", "the preset Balanced", 0.5, make<PipelineTrainer<Balanced>>},
       {"smallest", "the preset Smallest", 0.5, make<PipelineTrainer<Smallest>>},
       {"bf16", "forward in bf16, by autocast", {}, make<Training<Precision<BFloat16>>>},

@@ -79,7 +79,8 @@ class Text final : public Task {
 
   static torch::Tensor loss_of(torch::nn::Module& model, const Batch& batch) {
     const auto logits = static_cast<models::TransformerImpl&>(model).forward(batch.first);
-    return torch::nn::functional::cross_entropy(logits.flatten(0, 1), batch.second.flatten());
+    return torch::nn::functional::cross_entropy(logits.flatten(0, 1).to(torch::kFloat),
+                                                batch.second.flatten());
   }
 
   models::Corpus corpus_;
@@ -146,8 +147,10 @@ class Images final : public Task {
     return {wave * colour + torch::randn({kBatch, 3, kSide, kSide}, draws), kind};
   }
   static torch::Tensor loss_of(torch::nn::Module& model, const Batch& batch) {
-    return torch::nn::functional::cross_entropy(
-        static_cast<ConvolutionsImpl&>(model).forward(batch.first), batch.second);
+    auto& network = static_cast<ConvolutionsImpl&>(model);
+    const auto images = batch.first.to(network.parameters().front().scalar_type());
+    return torch::nn::functional::cross_entropy(network.forward(images).to(torch::kFloat),
+                                                batch.second);
   }
 
   at::Generator draws_ = torch::make_generator<torch::CPUGeneratorImpl>(std::uint64_t{0});

@@ -49,8 +49,9 @@ TYPED_TEST(GradientBufferTest, HoldsASumWithinItsBound) {
     const auto last = torch::randn({n}), sum = last.clone();
     buffer.add_to(sum);
     const auto error = (sum.to(torch::kDouble) - exact - last).abs();
-    if (n > 0)
+    if (n > 0) {
       EXPECT_LE(error.max().template item<double>(), bound<TypeParam>(range, 8) + range * 0x1p-20);
+    }
     EXPECT_TRUE((last + buffer.value()).equal(sum)) << n;
   }
 }

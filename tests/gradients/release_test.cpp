@@ -136,7 +136,9 @@ void expect_policy_releases() {
   EXPECT_THAT(message_of([&] { optimizer->step(); }), HasSubstr("leave step() out"));
   optimizer.reset();
   for (const auto& p : released->parameters())
-    if (p.requires_grad()) EXPECT_EQ(torch::autograd::impl::post_acc_grad_hooks(p), nullptr);
+    if (p.requires_grad()) {
+      EXPECT_EQ(torch::autograd::impl::post_acc_grad_hooks(p), nullptr);
+    }
 }
 TEST(GradientRelease, IsAPolicyOfAPipeline) {
   using namespace fourfold;
@@ -432,7 +434,9 @@ TEST(GradientRelease, ClippedByTheLastNormAndByEachGradientsOwn) {
       }
       a.step();
       released->loss(step).backward();
-      if (clip == ClipGradients::kLastNorm) EXPECT_EQ(release.last_norm(), last);
+      if (clip == ClipGradients::kLastNorm) {
+        EXPECT_EQ(release.last_norm(), last);
+      }
     }
     expect_equal(plain, released);
   }
@@ -480,12 +484,16 @@ TEST(GradientRelease, AScalersStepsAreItsOwn) {
         scaler.step(optimizer);
         optimizer.zero_grad();
       }
-      if (bad) EXPECT_EQ(saved(optimizer), states);
+      if (bad) {
+        EXPECT_EQ(saved(optimizer), states);
+      }
       states = saved(optimizer);
       scaler.update();
       scales.push_back(scaler.get_scale());
     }
-    if (released) EXPECT_EQ(release->steps(), 4);
+    if (released) {
+      EXPECT_EQ(release->steps(), 4);
+    }
     EXPECT_THAT(scales, testing::ElementsAre(1024, 2048, 1024, 512, 512, 1024));
     return model;
   };

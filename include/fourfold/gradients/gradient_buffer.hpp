@@ -15,10 +15,9 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_strided.h>
-#include <ATen/ops/zeros.h>
 #include <c10/core/GradMode.h>
 #include <c10/util/Exception.h>
-#include <fourfold/codec/group_int.hpp>
+#include <fourfold/codec/detail/coded_values.hpp>
 #include <fourfold/core/parallel.hpp>
 #include <fourfold/core/place.hpp>
 #include <fourfold/core/visit.hpp>
@@ -28,41 +27,6 @@
 #include <vector>
 
 namespace fourfold::inline v0 {
-namespace detail {
-
-template <class C>
-inline constexpr bool kIsGroupInt = false;
-template <IntFormat F>
-inline constexpr bool kIsGroupInt<GroupQuantizer<F>> = true;
-
-/// n values in one integer code, rewritten tile by tile.
-struct CodedValues {
-  at::Tensor codes, words;
-
-  CodedValues() = default;
-  CodedValues(IntFormat f, std::int64_t n)
-      : codes(at::zeros({ceil_div(n * f.bits, 8)}, at::kByte)),
-        words(at::zeros({ceil_div(n, f.group)}, at::kInt)) {}
-
-  void encode(IntFormat f, std::int64_t begin, std::int64_t n, const float* from, Isa isa) {
-    visit_isa(isa, [&](auto i) {
-      encode_groups<i()>(f, from, n, 0, ceil_div(n, f.group), /*rounds=*/nullptr,
-                         codes.mutable_data_ptr<std::uint8_t>() + begin * f.bits / 8,
-                         reinterpret_cast<std::uint32_t*>(words.mutable_data_ptr<std::int32_t>()) +
-                             begin / f.group);
-    });
-  }
-  void decode(IntFormat f, std::int64_t begin, std::int64_t n, float* to, Isa isa) const {
-    decode_values(f, codes.const_data_ptr<std::uint8_t>(), group_words(words), begin, begin + n, to,
-                  isa);
-  }
-  [[nodiscard]] std::int64_t nbytes() const {
-    return codes.defined() ? static_cast<std::int64_t>(codes.nbytes() + words.nbytes()) : 0;
-  }
-};
-
-}  // namespace detail
-
 template <class Code = Int8, class Error = Int4>
 class GradientBuffer {
   static_assert(detail::kIsGroupInt<Code> && detail::kIsGroupInt<Error>,
@@ -85,10 +49,10 @@ class GradientBuffer {
       code_.decode(Code::kFormat, begin, n, sum, use);
       error_.decode(Error::kFormat, begin, n, part, use);
       for (std::int64_t i = 0; i < n; ++i) sum[i] += part[i] + static_cast<float>(from[i]);
-      code_.encode(Code::kFormat, begin, n, sum, use);
+      code_.encode(Code::kFormat, begin, n, sum, {}, use);
       code_.decode(Code::kFormat, begin, n, part, use);
       for (std::int64_t i = 0; i < n; ++i) sum[i] -= part[i];
-      error_.encode(Error::kFormat, begin, n, sum, use);
+      error_.encode(Error::kFormat, begin, n, sum, {}, use);
     });
   }
 
