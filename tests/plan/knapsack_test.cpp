@@ -193,7 +193,8 @@ TEST(Knapsack, TheVarianceIsAConstraintToo) {
 TEST(Knapsack, TheTradeOffRisesInBytesAndFallsInCost) {
   std::mt19937 random(10);
   const Problem problem = random_step(random, 40);
-  const std::vector<Solution> curve = plan::trade_off(problem, 0.1 * 40, 20);
+  const std::vector<Solution> curve =
+      plan::trade_off(problem, plan::smallest(problem, 0.1 * 40), 0.1 * 40, 20);
   ASSERT_GE(curve.size(), 5u);
   for (std::size_t i = 1; i < curve.size(); ++i) {
     EXPECT_GE(curve[i].peak, curve[i - 1].peak);
@@ -233,7 +234,7 @@ TEST(Knapsack, NothingToDecide) {
   EXPECT_TRUE(plan::solve(fixed, 9).feasible);
   EXPECT_FALSE(plan::solve(fixed, 8).feasible);
   EXPECT_EQ(plan::smallest(fixed).peak, 9);
-  EXPECT_EQ(plan::trade_off(fixed, 0, 20).size(), 1u);
+  EXPECT_EQ(plan::trade_off(fixed, plan::smallest(fixed), 0, 20).size(), 1u);
 }
 
 }  // namespace

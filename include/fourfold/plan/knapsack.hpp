@@ -27,8 +27,7 @@ namespace fourfold::inline v0::plan {
 
 namespace detail {
 
-/// What cannot bind is left out: positions that no choice fills, and of neighbours without a change
-/// between them all but the largest. Spans are moved to what is left.
+/// Positions that no choice fills are left out, and spans moved to what is left.
 [[nodiscard]] inline Problem without_slack(const Problem& problem, std::int64_t budget) {
   const std::size_t positions = problem.fixed.size();
   std::vector<std::int64_t> most(problem.fixed);
@@ -79,46 +78,47 @@ namespace detail {
   return out;
 }
 
-/// The choice with the smallest peak that was found, whatever it costs, within `most_variance`.
+/// The choice with the smallest peak that was found, whatever it costs, within `most_variance`: the
+/// least bytes summed over positions, then the worst position lowered option by option. Of few items
+/// the budget is bisected besides.
 [[nodiscard]] inline Solution smallest(const Problem& problem, double most_variance = 1e300) {
-  Problem free = problem;  // of cost
-  free.ms_of_variance = 0;
-  std::vector<int> choice;
+  constexpr std::size_t kFew = 16;
+  Problem area = problem;  // costs what it fills
+  area.ms_of_variance = 0;
   std::vector<std::int64_t> least(problem.fixed);
-  for (Item& item : free.items) {
-    std::vector<double> areas;
+  for (Item& item : area.items) {
+    double smallest_area = std::numeric_limits<double>::infinity();
     std::vector<std::int64_t> item_least(problem.fixed.size(),
                                          std::numeric_limits<std::int64_t>::max());
     for (Option& option : item.options) {
-      option.ms = 0;
-      double area = 0;
       std::vector<std::int64_t> bytes(problem.fixed.size(), 0);
       for (const Span& span : option.spans)
         for (int p = span.first; p <= span.last; ++p)
           bytes[static_cast<std::size_t>(p)] += span.bytes;
+      option.ms = 0;
       for (std::size_t p = 0; p < bytes.size(); ++p) {
-        area += static_cast<double>(bytes[p]);
+        option.ms += static_cast<double>(bytes[p]);
         item_least[p] = std::min(item_least[p], bytes[p]);
       }
-      areas.push_back(area);
+      smallest_area = std::min(smallest_area, option.ms);
     }
+    for (Option& option : item.options) option.ms -= smallest_area;
     for (std::size_t p = 0; p < least.size(); ++p) least[p] += item_least[p];
-    choice.push_back(
-        static_cast<int>(std::min_element(areas.begin(), areas.end()) - areas.begin()));
   }
-  std::int64_t low = 0;
+  const std::int64_t unlimited = std::numeric_limits<std::int64_t>::max() / 2;
+  const Solution filled = solve(area, unlimited, most_variance);
+  detail::Moves moves(problem, unlimited, most_variance, filled.choice);
+  moves.descend();
+  Solution best = evaluate(problem, moves.choice());
+  best.feasible = filled.feasible;
+  if (problem.items.size() > kFew) return best;
+  for (Item& item : area.items)
+    for (Option& option : item.options) option.ms = 0;
+  std::int64_t low = 0, high = best.feasible ? best.peak : unlimited;
   for (const std::int64_t bytes : least) low = std::max(low, bytes);
-  Solution best = evaluate(problem, choice);
-  best.feasible = best.variance <= most_variance;
-  detail::Moves moves(free, low, most_variance, choice);
-  static_cast<void>(moves.repair());
-  Solution moved = evaluate(problem, moves.choice());
-  moved.feasible = moved.variance <= most_variance;
-  if (moved.feasible && (!best.feasible || moved.peak < best.peak)) best = moved;
-  std::int64_t high = best.feasible ? best.peak : std::numeric_limits<std::int64_t>::max() / 4;
   for (int round = 0; round < 24 && low < high; ++round) {
     const std::int64_t middle = low + (high - low) / 2;
-    Solution found = solve(free, middle, most_variance);
+    Solution found = solve(area, middle, most_variance);
     if (found.feasible) {
       best = evaluate(problem, std::move(found.choice));
       best.feasible = true;
@@ -130,11 +130,10 @@ namespace detail {
   return best;
 }
 
-/// The least that a budget costs, at `points` budgets between the smallest peak and that of the
-/// cheapest choice: what a user may move along. By rising peak; each costs less than the one before.
-[[nodiscard]] inline std::vector<Solution> trade_off(const Problem& problem, double most_variance,
-                                                     int points) {
-  const Solution small = smallest(problem, most_variance);
+/// The least that a budget costs, at `points` budgets between `small`'s peak and that of the cheapest
+/// choice: what a user may move along. By rising peak; each costs less than the one before.
+[[nodiscard]] inline std::vector<Solution> trade_off(const Problem& problem, const Solution& small,
+                                                     double most_variance, int points) {
   const Solution cheap =
       solve(problem, std::numeric_limits<std::int64_t>::max() / 2, most_variance);
   std::vector<Solution> out;

@@ -84,7 +84,7 @@ class StepPlan {
   }
 
   [[nodiscard]] const std::vector<Solution>& curve() const {
-    if (curve_.empty()) curve_ = trade_off(problem_, most_variance_, kCurve);
+    if (curve_.empty()) curve_ = trade_off(problem_, smallest_, most_variance_, kCurve);
     return curve_;
   }
   [[nodiscard]] const StepRecord& record() const { return record_; }

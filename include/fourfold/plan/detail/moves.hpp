@@ -22,13 +22,12 @@ class Moves {
         most_variance_(most_variance),
         choice_(std::move(choice)),
         bytes_(usage(problem, choice_)),
-        variance_(evaluate(problem, choice_).variance) {}
+        variance_(evaluate(problem, choice_).variance) {
+    for (const std::int64_t bytes : bytes_) over_ += std::max<std::int64_t>(bytes - budget_, 0);
+  }
 
   [[nodiscard]] const std::vector<int>& choice() const { return choice_; }
-  [[nodiscard]] bool fits() const {
-    return variance_ <= most_variance_ &&
-           std::all_of(bytes_.begin(), bytes_.end(), [&](auto bytes) { return bytes <= budget_; });
-  }
+  [[nodiscard]] bool fits() const { return over_ == 0 && variance_ <= most_variance_; }
 
   /// Options that cost less and fit, the largest gain first; then exchanges of two.
   void improve() {
@@ -55,8 +54,11 @@ class Moves {
     double excess = this->excess();
     while (excess > 0) {
       Step best;
+      const auto worst =
+          static_cast<int>(std::max_element(bytes_.begin(), bytes_.end()) - bytes_.begin());
       for (std::size_t i = 0; i < choice_.size(); ++i)
-        try_options(i, excess, best, [](std::size_t) {});
+        try_options(
+            i, excess, best, [](std::size_t) {}, worst);
       if (best.second == kNone && choice_.size() <= kPairs)
         for (std::size_t i = 0; i < choice_.size(); ++i)
           try_options(i, -1, best, [&](std::size_t first) {
@@ -68,6 +70,33 @@ class Moves {
       excess = this->excess();
     }
     return true;
+  }
+
+  /// Lowers the worst position while one option does so and makes none as bad: the largest step
+  /// first. The budget does not matter.
+  void descend() {
+    for (;;) {
+      const auto worst = std::max_element(bytes_.begin(), bytes_.end());
+      if (worst == bytes_.end()) return;
+      const auto position = static_cast<int>(worst - bytes_.begin());
+      const std::int64_t peak = *worst;
+      std::int64_t most = 0;
+      std::pair<std::size_t, int> move{kNone, 0};
+      for (std::size_t i = 0; i < choice_.size(); ++i) {
+        const int before = choice_[i];
+        const Option& from = option_of(i, before);
+        for (int o = 0; o < std::ssize(problem_.items[i].options); ++o) {
+          const Option& to = option_of(i, o);
+          const std::int64_t less = at(from, position) - at(to, position);
+          if (less <= most || variance_ - from.variance + to.variance > most_variance_) continue;
+          set(i, o);
+          if (highest(from) < peak && highest(to) < peak) most = less, move = {i, o};
+          set(i, before);
+        }
+      }
+      if (move.first == kNone) return;
+      set(move.first, move.second);
+    }
   }
 
  private:
@@ -85,9 +114,7 @@ class Moves {
 
   /// How far all of it is from fitting; 0 where it does.
   [[nodiscard]] double excess() const {
-    double sum = 0;
-    for (const std::int64_t bytes : bytes_)
-      if (bytes > budget_) sum += static_cast<double>(bytes - budget_);
+    auto sum = static_cast<double>(over_);
     if (variance_ > most_variance_)
       sum += (variance_ - most_variance_) / std::max(variance_, 1e-12) *
              static_cast<double>(std::max<std::int64_t>(budget_, 1));
@@ -100,11 +127,15 @@ class Moves {
     if (step.price < best.price) best = step;
   }
   /// Each other option of item i: `then` with it set, and itself where `excess` is not negative.
+  /// `worst`: only those that need less there, if that is what does not fit.
   template <class Then>
-  void try_options(std::size_t i, double excess, Step& best, const Then& then) {
+  void try_options(std::size_t i, double excess, Step& best, const Then& then, int worst = -1) {
     const int before = choice_[i];
     for (int o = 0; o < std::ssize(problem_.items[i].options); ++o) {
       if (o == before) continue;
+      if (worst >= 0 && variance_ <= most_variance_ &&
+          at(option_of(i, o), worst) >= at(option_of(i, before), worst))
+        continue;
       set(i, o);
       if (excess >= 0)
         consider({.first = i, .first_option = o},
@@ -134,10 +165,22 @@ class Moves {
       if (span.first <= position && position <= span.last) bytes += span.bytes;
     return bytes;
   }
-  void add(const Option& option, std::int64_t sign) {
+  /// The most that lives where `option` has anything.
+  [[nodiscard]] std::int64_t highest(const Option& option) const {
+    std::int64_t most = 0;
     for (const Span& span : option.spans)
       for (int p = span.first; p <= span.last; ++p)
-        bytes_[static_cast<std::size_t>(p)] += sign * span.bytes;
+        most = std::max(most, bytes_[static_cast<std::size_t>(p)]);
+    return most;
+  }
+  void add(const Option& option, std::int64_t sign) {
+    for (const Span& span : option.spans)
+      for (int p = span.first; p <= span.last; ++p) {
+        std::int64_t& bytes = bytes_[static_cast<std::size_t>(p)];
+        over_ -= std::max<std::int64_t>(bytes - budget_, 0);
+        bytes += sign * span.bytes;
+        over_ += std::max<std::int64_t>(bytes - budget_, 0);
+      }
     variance_ += static_cast<double>(sign) * option.variance;
   }
   void set(std::size_t item, int option) {
@@ -163,7 +206,7 @@ class Moves {
   bool exchange(std::size_t moved, double gain) {
     const auto worst =
         static_cast<int>(std::max_element(bytes_.begin(), bytes_.end()) - bytes_.begin());
-    const std::int64_t over = bytes_[static_cast<std::size_t>(worst)] - budget_;
+    const std::int64_t over = over_ == 0 ? 0 : bytes_[static_cast<std::size_t>(worst)] - budget_;
     for (std::size_t i = 0; i < choice_.size(); ++i) {
       if (i == moved) continue;
       const int before = choice_[i];
@@ -171,7 +214,7 @@ class Moves {
         const Option& from = option_of(i, before);
         const Option& to = option_of(i, o);
         if (o == before || problem_.cost(to) - problem_.cost(from) >= gain * (1 - 1e-9) ||
-            at(from, worst) - at(to, worst) < over ||
+            (over > 0 && at(from, worst) - at(to, worst) < over) ||
             variance_ - from.variance + to.variance > most_variance_)
           continue;
         set(i, o);
@@ -187,6 +230,7 @@ class Moves {
   const double most_variance_;
   std::vector<int> choice_;
   std::vector<std::int64_t> bytes_;
+  std::int64_t over_ = 0;  // bytes above the budget, over all positions
   double variance_;
 };
 

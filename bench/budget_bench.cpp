@@ -1,0 +1,226 @@
+// SPDX-License-Identifier: Apache-2.0
+/// Twenty budgets from the least to plain's own peak, on five models: budget/<model>/<share of the
+/// way in percent>. Each is a step (forward and backward) by the budget's plan, once it has settled;
+/// the peak is counted by the allocator, and one above the budget is an error. Beside them
+/// budget/<model>/plain, and for the transformer budget/transformer/blocks: each block recomputed,
+/// its inputs kept.
+#include <fourfold/fourfold.hpp>
+#include <fourfold/plan/budget.hpp>
+
+#include "../examples/models/transformer.hpp"
+
+#include <benchmark/benchmark.h>
+#include <torch/nn.h>
+#include <torch/utils.h>
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+namespace {
+
+namespace nn = torch::nn;
+using Plain = fourfold::CompressionPipeline<>;
+using Recomputed = fourfold::CompressionPipeline<fourfold::Blocks<>>;
+using Planned =
+    fourfold::CompressionPipeline<fourfold::Activations<fourfold::Int4>,
+                                  fourfold::Recompute<fourfold::CheapOps>, fourfold::Budget<>>;
+
+struct Workload {
+  std::shared_ptr<nn::Module> module;
+  std::function<torch::Tensor()> loss;
+};
+
+Workload transformer() {
+  const models::TransformerOptions options{.vocabulary = 4096, .width = 256, .context = 256};
+  models::Transformer model(options);
+  const auto tokens = torch::randint(options.vocabulary, {8, options.context + 1}, torch::kLong);
+  const auto input = tokens.slice(1, 0, options.context).contiguous();
+  const auto target = tokens.slice(1, 1).contiguous();
+  return {model.ptr(), [=]() mutable { return model->loss(input, target); }};
+}
+
+/// BERT-large's layer, a quarter as wide, six of its 24.
+Workload bert() {
+  const auto layer =
+      nn::TransformerEncoderLayerOptions(256, 4).dim_feedforward(1024).dropout(0.1).activation(
+          torch::kGELU);
+  nn::TransformerEncoder model(nn::TransformerEncoderOptions(layer, 6));
+  const auto x = torch::randn({128, 16, 256});  // (tokens, batch, width)
+  return {model.ptr(), [=]() mutable { return model->forward(x).square().mean(); }};
+}
+
+/// ResNet-50's bottleneck: 1x1, 3x3, 1x1, and a shortcut.
+struct BottleneckImpl : nn::Module {
+  BottleneckImpl(int in, int middle, int stride)
+      : body(nn::Conv2d(nn::Conv2dOptions(in, middle, 1).bias(false)), nn::BatchNorm2d(middle),
+             nn::ReLU(nn::ReLUOptions(true)),
+             nn::Conv2d(nn::Conv2dOptions(middle, middle, 3).stride(stride).padding(1).bias(false)),
+             nn::BatchNorm2d(middle), nn::ReLU(nn::ReLUOptions(true)),
+             nn::Conv2d(nn::Conv2dOptions(middle, 4 * middle, 1).bias(false)),
+             nn::BatchNorm2d(4 * middle)),
+        shortcut(nn::Conv2d(nn::Conv2dOptions(in, 4 * middle, 1).stride(stride).bias(false)),
+                 nn::BatchNorm2d(4 * middle)) {
+    register_module("body", body);
+    register_module("shortcut", shortcut);
+  }
+  torch::Tensor forward(const torch::Tensor& x) {
+    return torch::relu_(body->forward(x).add_(shortcut->forward(x)));
+  }
+  nn::Sequential body, shortcut;
+};
+TORCH_MODULE(Bottleneck);
+
+/// ResNet-50's four stages, one block of each, at half its width, on images of 96 x 96.
+Workload resnet() {
+  nn::Sequential model(
+      nn::Conv2d(nn::Conv2dOptions(3, 32, 7).stride(2).padding(3).bias(false)), nn::BatchNorm2d(32),
+      nn::ReLU(nn::ReLUOptions(true)), nn::MaxPool2d(nn::MaxPool2dOptions(3).stride(2).padding(1)),
+      Bottleneck(32, 32, 1), Bottleneck(128, 64, 2), Bottleneck(256, 128, 2),
+      Bottleneck(512, 256, 2), nn::AdaptiveAvgPool2d(1), nn::Flatten(), nn::Linear(1024, 100));
+  const auto x = torch::randn({16, 3, 96, 96});
+  const auto target = torch::randint(100, {16}, torch::kLong);
+  return {model.ptr(),
+          [=]() mutable { return torch::cross_entropy_loss(model->forward(x), target); }};
+}
+
+Workload mlp() {
+  nn::Sequential model;
+  model->push_back(nn::Linear(256, 512));
+  for (int i = 0; i < 6; ++i) {
+    model->push_back(nn::GELU());
+    model->push_back(nn::LayerNorm(nn::LayerNormOptions({512})));
+    model->push_back(nn::Dropout(0.1));
+    model->push_back(nn::Linear(512, 512));
+  }
+  const auto x = torch::randn({2048, 256});
+  return {model.ptr(), [=]() mutable { return model->forward(x).square().mean(); }};
+}
+
+/// An encoder of images and a decoder back, with a path across.
+struct AutoencoderImpl : nn::Module {
+  static nn::Sequential convolutions(int in, int out) {
+    return nn::Sequential(
+        nn::Conv2d(nn::Conv2dOptions(in, out, 3).padding(1)), nn::GroupNorm(8, out), nn::SiLU(),
+        nn::Conv2d(nn::Conv2dOptions(out, out, 3).padding(1)), nn::GroupNorm(8, out), nn::SiLU());
+  }
+  AutoencoderImpl() {
+    register_module("down", down);
+    register_module("middle", middle);
+    register_module("up", up);
+    register_module("last", last);
+  }
+  torch::Tensor forward(const torch::Tensor& x) {
+    const auto across = down->forward(x);
+    const auto deep = torch::upsample_nearest2d(middle->forward(torch::avg_pool2d(across, 2)),
+                                                {x.size(2), x.size(3)});
+    return last->forward(up->forward(torch::cat({across, deep}, 1)));
+  }
+  nn::Sequential down = convolutions(3, 16), middle = convolutions(16, 32),
+                 up = convolutions(48, 16);
+  nn::Conv2d last{nn::Conv2dOptions(16, 3, 1)};
+};
+TORCH_MODULE(Autoencoder);
+
+Workload autoencoder() {
+  Autoencoder model;
+  const auto x = torch::randn({8, 3, 64, 64});
+  return {model.ptr(), [=]() mutable { return torch::mse_loss(model->forward(x), x); }};
+}
+
+/// A model and what is known of it; made for its first benchmark.
+template <class Pipeline>
+struct Session {
+  explicit Session(Workload (*make)()) : Session(make, nullptr) {}
+  Session(Workload (*make)(), const fourfold::PlanOptions* options) {
+    torch::manual_seed(0);
+    workload = make();
+    if constexpr (requires { pipeline->plan(); })
+      pipeline.emplace(*workload.module, *options);
+    else
+      pipeline.emplace(*workload.module);
+  }
+  /// The peak of a step.
+  std::int64_t step() {
+    for (const at::Tensor& parameter : pipeline->parameters())
+      parameter.mutable_grad() = at::Tensor();
+    meter.restart_peak();
+    pipeline->forward(workload.loss).backward();
+    return meter.bytes().peak;
+  }
+  fourfold::Meter meter;
+  Workload workload;
+  std::optional<Pipeline> pipeline;
+};
+
+constexpr int kBudgets = 20;
+double mib(std::int64_t bytes) { return static_cast<double>(bytes) / (1 << 20); }
+
+template <class Pipeline>
+std::int64_t run_unplanned(benchmark::State& state, Workload (*make)()) {
+  Session<Pipeline> session(make);
+  std::int64_t peak = session.step();
+  for (auto _ : state) peak = std::max(peak, session.step());
+  state.counters["peak_MiB"] = mib(peak);
+  return peak;
+}
+
+void declare(const std::string& name, Workload (*make)()) {
+  struct Known {
+    std::unique_ptr<Session<Planned>> session;
+    std::int64_t plain = 0, least = 0;
+  };
+  const auto known = std::make_shared<Known>();
+  const auto add = [&](const std::string& what, auto run) {
+    benchmark::RegisterBenchmark(("budget/" + name + "/" + what).c_str(), run)
+        ->Unit(benchmark::kMillisecond);
+  };
+  add("plain", [=](benchmark::State& state) { run_unplanned<Plain>(state, make); });
+  if (name == "transformer")
+    add("blocks", [=](benchmark::State& state) { run_unplanned<Recomputed>(state, make); });
+  for (int i = 0; i < kBudgets; ++i)
+    add(std::to_string(100 * i / (kBudgets - 1)), [=](benchmark::State& state) {
+      if (known->session == nullptr) {
+        known->plain = [&] {
+          Session<Plain> plain(make);
+          plain.step();
+          return plain.step();
+        }();
+        const fourfold::PlanOptions options{.budget = 4 * known->plain};
+        known->session = std::make_unique<Session<Planned>>(make, &options);
+        known->session->step(), known->session->step();
+        known->least = known->session->pipeline->plan().least;
+      }
+      Session<Planned>& session = *known->session;
+      const std::int64_t budget = known->least + (known->plain - known->least) * i / (kBudgets - 1);
+      session.pipeline->set_budget(budget);
+      std::int64_t peak = 0;
+      for (int settle = 0; settle < 2; ++settle) peak = std::max(peak, session.step());
+      for (auto _ : state) peak = std::max(peak, session.step());
+      const auto plan = session.pipeline->plan();
+      state.counters["budget_MiB"] = mib(budget);
+      state.counters["peak_MiB"] = mib(peak);
+      state.counters["predicted_MiB"] = mib(plan.last.predicted);
+      state.counters["adds_ms"] = plan.ms;
+      state.counters["variance_percent"] = 100 * plan.variance;
+      if (peak > budget) state.SkipWithError("the peak is above the budget");
+      if (i + 1 == kBudgets) known->session.reset();
+    });
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  benchmark::Initialize(&argc, argv);
+  if (benchmark::ReportUnrecognizedArguments(argc, argv)) return 1;
+  const fourfold::Meter meter;  // inputs are counted, too
+  declare("transformer", transformer);
+  declare("bert", bert);
+  declare("resnet", resnet);
+  declare("mlp", mlp);
+  declare("autoencoder", autoencoder);
+  benchmark::RunSpecifiedBenchmarks();
+}
