@@ -238,6 +238,17 @@ TEST(MasterCodec, AMasterCopyFollowsWeightsSetByOthers) {
   optimizer.step();
   EXPECT_TRUE(p.equal(torch::full({10}, 3, torch::kBFloat16)));
 }
+TEST(MasterCodec, WeightsOfAnotherDtypeAreRefused) {
+  auto p = torch::ones({10}).requires_grad_();
+  AdamWOf<Int8, ErrorCorrection<8>> optimizer({p});
+  p.mutable_grad() = torch::ones_like(p);
+  optimizer.step();
+  p.mutable_grad().reset();
+  p.set_data(p.detach().to(torch::kBFloat16));
+  p.mutable_grad() = torch::ones_like(p);
+  EXPECT_THAT(message_of([&] { optimizer.step(); }),
+              HasSubstr("parameter 0 is BFloat16 now, and was not when its states were made"));
+}
 TEST(MasterCodec, HalfWeightsHaveNoLowerBits) {
   auto p = torch::ones({10}, torch::kHalf).requires_grad_();
   AdamWOf<Int8, ErrorCorrection<8>> optimizer({p});

@@ -206,6 +206,10 @@ void Optimizer<R, M, V, W>::check(const at::Tensor& p, const GroupPlace& at) {
               ", and its states are for ", at::IntArrayRef(state->sizes),
               "; build the optimizer anew after changing a parameter's shape");
   TORCH_CHECK(
+      state->master.fits(p), R::name(), ": parameter ", index, " is ", p.scalar_type(),
+      " now, and was not when its states were made; build the optimizer anew after changing "
+      "a parameter's dtype");
+  TORCH_CHECK(
       detail::same_order(state->sizes, detail::state_strides(p, kByRows<R>), state->strides),
       R::name(), ": parameter ", index, " lies in memory with strides ", p.strides(), " on ",
       p.device(), ", and its states for ", at::IntArrayRef(state->strides),

@@ -25,7 +25,7 @@ class Master {
   /// `strides`: the order in which a step takes p's values.
   Master(const at::Tensor& p, const std::vector<std::int64_t>& strides) {
     if constexpr (kKeepsError<C>) {
-      if (p.scalar_type() != at::kBFloat16 && p.scalar_type() != at::kHalf) return;
+      if (!is_rounded(p)) return;
       const PlaceGuard place(Place::kOptimizer);
       if constexpr (std::is_same_v<C, Fp32>)  // a copy
         buffers_ = {
@@ -36,6 +36,10 @@ class Master {
         buffers_ = {at::zeros({p.numel()}, C::kError)};
     }
     static_cast<void>(p), static_cast<void>(strides);
+  }
+  /// Whether it was made for weights of p's dtype.
+  [[nodiscard]] bool fits(const at::Tensor& p) const {
+    return !kKeepsError<C> || buffers_.empty() != is_rounded(p);
   }
   /// Throws where C cannot keep the error of such weights.
   static void check(const at::Tensor& p, const std::string& rule, std::int64_t index) {
@@ -86,6 +90,9 @@ class Master {
   }
 
  private:
+  static bool is_rounded(const at::Tensor& p) {
+    return p.scalar_type() == at::kBFloat16 || p.scalar_type() == at::kHalf;
+  }
   template <class T>
   static constexpr bool kTakes = !kIsErrorCorrection<C> || std::is_same_v<T, c10::BFloat16>;
 
