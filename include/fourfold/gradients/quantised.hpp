@@ -49,7 +49,7 @@ at::Tensor quantised_gradient(const at::Tensor& gradient, const Key& key) {
     const c10::NoGradGuard no_grad;
     rounded = C{}.decompress(C{}.compress(gradient.detach(), key));
   }
-  return graph ? gradient + (rounded - gradient.detach()) : rounded;
+  return graph ? gradient.add(rounded.sub(gradient.detach())) : rounded;
 }
 
 }  // namespace detail
