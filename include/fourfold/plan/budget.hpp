@@ -20,7 +20,7 @@
 ///
 /// The peak counts all CPU tensors of the process in forward and backward. A budget that no choice
 /// can meet is refused in the second step's forward, by an error that names the least that can be
-/// met; the first step's own peak is the least for what lived then.
+/// met. The step that is recorded holds all as small as can be, and needs a few percent more.
 #include <ATen/core/Tensor.h>
 #include <c10/util/Exception.h>
 #include <fourfold/activations/activation_options.hpp>

@@ -38,8 +38,8 @@ struct PlanReport {
   StepBytes last;
   double step_ms = 0, ms = 0, variance = 0;
   int notches = 0;  ///< plans below the budget's own, for others on the device
-  std::vector<Row> rows;
-  std::vector<Point> curve;
+  std::vector<Row> rows{};
+  std::vector<Point> curve{};
 
   void fill(const StepPlan& plan);
 };

@@ -50,14 +50,14 @@ struct StorageRecord {
   std::int64_t bytes = 0;  ///< of the storage, if it is kept
   StoredAs kind = StoredAs::kKept;
   bool sensitive = false;
-  Span kept;                 ///< where keeping it needs its bytes: after nobody else holds it
-  std::vector<Span> held;    ///< what was held in its stead, of its own
-  std::vector<Span> packed;  ///< of these the codec's; `bytes` are values
-  std::vector<Span> dense;   ///< copies while they were read
+  Span kept;                   ///< where keeping it needs its bytes: after nobody else holds it
+  std::vector<Span> held{};    ///< what was held in its stead, of its own
+  std::vector<Span> packed{};  ///< of these the codec's; `bytes` are values
+  std::vector<Span> dense{};   ///< copies while they were read
   double pack_ms = 0, unpack_ms = 0;
-  std::vector<RungEstimate> rungs;  ///< from a sample of its values
-  int saved_at = -1, read_at = -1;  ///< positions; -1: never
-  bool rebuild_fails = false;       ///< under another plan its inputs were not at hand
+  std::vector<RungEstimate> rungs{};  ///< from a sample of its values
+  int saved_at = -1, read_at = -1;    ///< positions; -1: never
+  bool rebuild_fails = false;         ///< under another plan its inputs were not at hand
 
   /// The ways in which it can be held; keeping it comes first.
   [[nodiscard]] std::vector<Way> ways() const {

@@ -2,7 +2,9 @@
 #pragma once
 /// Writes a StepRecord while a step runs: it is told what lives at each event, and what was saved,
 /// read and let go then. Not thread-safe: plan::Step calls it under its lock.
+#include <ATen/core/Tensor.h>
 #include <ATen/ops/cat.h>
+#include <ATen/ops/item.h>
 #include <c10/core/Storage.h>
 #include <c10/core/StorageImpl.h>
 #include <fourfold/plan/record.hpp>
@@ -193,7 +195,7 @@ class Recorder {
     for (const Rung& rung : record_.rungs) {
       const auto payload = rung.pack(some, Key{.storage = record_.storages.size()});
       const double error =
-          (payload->decompress().to(at::kDouble) - exact).square().sum().item<double>();
+          payload->decompress().to(at::kDouble).sub(exact).square().sum().item<double>();
       out.push_back({.bytes_per_value =
                          static_cast<double>(payload->nbytes()) / static_cast<double>(some.numel()),
                      .noise = power > 0 && error <= power ? error / power
