@@ -92,6 +92,9 @@ struct BasicPipelineState {
   std::int64_t blocks_met = 0;
   bool left = false;  ///< a scope was left, so blocks_met tells something
   std::int64_t scopes = 0;
+  std::int64_t without_gradients = 0;  ///< scopes that were entered where nothing is saved
+  std::int64_t elsewhere_before = door::tensors_saved_outside_scopes();
+  bool optimizer_made = false;
   std::shared_ptr<void> gradients;                 ///< what a policy does to them
   std::shared_ptr<void> (*precision)() = nullptr;  ///< entered with each scope
 };
@@ -109,6 +112,7 @@ class [[nodiscard]] BasicPipelineScope {
     if (state_->block_every > 0) blocks_.emplace(state_->block_every);
     if (state_->precision != nullptr) precision_ = state_->precision();
     ++state_->scopes;
+    if (!at::GradMode::is_enabled()) ++state_->without_gradients;
   }
   ~BasicPipelineScope() {
     if (blocks_) state_->blocks_met += blocks_->met();
@@ -172,6 +176,7 @@ class CompressionPipeline {
   /// AdamW over parameters(), its states as the policy says; torch::optim::AdamW without one.
   [[nodiscard]] std::shared_ptr<::torch::optim::Optimizer> optimizer(
       ::torch::optim::AdamWOptions options = {}) const {
+    state_->optimizer_made = true;
     if constexpr (kHas<Role::kOptimizerStates>)
       return released(std::make_shared<typename PolicyOf<Role::kOptimizerStates>::Optimizer>(
           parameters(), options));
@@ -202,6 +207,11 @@ class CompressionPipeline {
       if (state_->trainable.empty()) note << "; all are frozen";
       ledger.notes.push_back(note.str());
     }
+    if (!state_->optimizer_made && ledger[Place::kGradients].own_peak > 0 &&
+        ledger[Place::kOptimizer].now == 0)
+      ledger.notes.push_back(
+          "optimizer: what LibTorch's own optimizers hold is counted under \"other\"; take "
+          "pipeline.optimizer(), or one of fourfold::optim, to see it apart");
     if (const std::string why = explain(); !why.empty()) ledger.notes.push_back(why);
     return ledger;
   }
@@ -221,21 +231,23 @@ class CompressionPipeline {
       return {};  // nothing here is a scope's work
     if (state_->scopes == 0)
       return "no forward ran inside the pipeline's scope: call pipeline.forward([&] { ... }), or "
-             "hold "
-             "pipeline.scope() while the model runs";
+             "hold pipeline.scope() while the model runs";
     if (state_->store->counts().tensors() > 0) {
       if (state_->block_every == 0 || state_->blocks_met > 0 || !state_->left) return {};
       return "Blocks<>: no block ran, so none is recomputed: name them by fourfold::block(layer, "
-             "x) in "
-             "the model's forward, or put them in a torch::nn::Sequential";
+             "x) in the model's forward, or put them in a torch::nn::Sequential";
     }
-    const std::int64_t elsewhere = door::tensors_saved_outside_scopes();
-    std::string why =
-        "no tensor passed: forward ran outside the scope, on another thread, or without "
-        "gradients";
+    const std::int64_t elsewhere = door::tensors_saved_outside_scopes() - state_->elsewhere_before;
     if (elsewhere > 0)
-      why += " (" + std::to_string(elsewhere) + " tensors were saved on threads without a scope)";
-    return why;
+      return "no tensor passed: " + std::to_string(elsewhere) +
+             " tensors were saved on threads without a scope: hold pipeline.scope() on the thread "
+             "that runs the model, while it runs";
+    if (state_->without_gradients == state_->scopes)
+      return "no tensor passed: gradients were disabled (NoGradGuard, InferenceMode) whenever a "
+             "scope was entered, and then there is nothing to save";
+    if (state_->trainable.empty())
+      return "no tensor passed: no parameter requires gradients, and then there is nothing to save";
+    return "no tensor passed: the model did not run inside the scope";
   }
 
  private:
