@@ -10,6 +10,7 @@
 /// The paths are bit-equal as long as a kernel writes each multiply-add as fourfold::fma, and adds
 /// no product otherwise: compilers contract those where a processor has the instruction. Kernels
 /// copy structs given by reference, so that no store can alias them.
+#include <fourfold/core/intrinsics.hpp>
 #include <fourfold/core/isa.hpp>
 
 #include <cstdint>
@@ -35,11 +36,11 @@ FOURFOLD_LOOP void for_each_value(std::int64_t n, const F& f) {
 
 #if defined(__x86_64__)
 template <class Kernel, class... Args>
-__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl"))) void run_avx512(Args... args) {
+FOURFOLD_AVX512 void run_avx512(Args... args) {
   Kernel::run(args...);
 }
 template <class Kernel, class... Args>
-__attribute__((target("avx2,fma"))) void run_avx2(Args... args) {
+FOURFOLD_AVX2 void run_avx2(Args... args) {
   Kernel::run(args...);
 }
 #endif
