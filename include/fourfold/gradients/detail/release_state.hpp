@@ -5,6 +5,7 @@
 #include <ATen/core/grad_mode.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/full.h>
+#include <ATen/ops/zeros_like.h>
 #include <fourfold/core/parameter_stepper.hpp>
 #include <fourfold/gradients/clip_grad_norm.hpp>
 #include <fourfold/gradients/grad_scaler.hpp>
@@ -51,12 +52,14 @@ class ReleaseState : public std::enable_shared_from_this<ReleaseState<Code>> {
     c10::weak_intrusive_ptr<at::TensorImpl, c10::UndefinedTensorImpl> leaf{
         c10::intrusive_ptr<at::TensorImpl, c10::UndefinedTensorImpl>()};
     GradientBuffer<Code> sum;
-    double squares = 0;  ///< of this step's gradient
+    std::int64_t folded = 0;  ///< gradients of this step that its moments have taken up
+    double squares = 0;       ///< of this step's gradient
   };
   enum class Pass { kSteps, kMeasures };
 
   void on_gradient(const at::Tensor& leaf);
   void release(const at::Tensor& leaf, Record& record);
+  void fold(const at::Tensor& leaf, Record& record);
   void pass_ended(int task);
 
   [[nodiscard]] bool last_micro_batch() const { return micro_batch_ + 1 == options_.micro_batches; }
@@ -99,7 +102,7 @@ void ReleaseState<Code>::reset() {
   const std::lock_guard lock(mutex_);
   micro_batch_ = 0;
   for (auto& [key, record] : records_) {
-    record.sum.clear();
+    record.sum.clear(), record.folded = 0;
     if (const at::Tensor leaf = record.parameter(); leaf.defined()) leaf.mutable_grad().reset();
   }
 }
@@ -146,7 +149,9 @@ void ReleaseState<Code>::on_gradient(const at::Tensor& leaf) {
   }
   Record& record = records_.at(leaf.unsafeGetTensorImpl());
   const at::Tensor gradient = leaf.grad();
-  if (last_micro_batch()) {
+  if (options_.accumulate == AccumulateGradients::kMoments) {
+    fold(leaf, record);
+  } else if (last_micro_batch()) {
     if (!record.sum.empty()) record.sum.add_to(gradient);
     release(leaf, record);
   } else if (gradient.is_cpu() && gradient.layout() == at::kStrided &&
@@ -173,6 +178,14 @@ void ReleaseState<Code>::release(const at::Tensor& leaf, Record& record) {
   leaf.mutable_grad().reset();
 }
 
+/// Gives the gradient to the moments, the last one to the weight too, and frees it.
+template <class Code>
+void ReleaseState<Code>::fold(const at::Tensor& leaf, Record& record) {
+  (*link_)->fold_gradient(leaf, record.folded, last_micro_batch());
+  record.folded = last_micro_batch() ? 0 : record.folded + 1;
+  leaf.mutable_grad().reset();
+}
+
 template <class Code>
 void ReleaseState<Code>::pass_ended(int task) {
   const std::lock_guard lock(mutex_);
@@ -188,6 +201,7 @@ void ReleaseState<Code>::pass_ended(int task) {
     Record& record = records_.at(key);
     const at::Tensor leaf = record.parameter();
     if (!leaf.defined()) continue;
+    if (record.folded > 0) leaf.mutable_grad() = at::zeros_like(leaf), fold(leaf, record);
     if (!leaf.grad().defined() && !record.sum.empty()) leaf.mutable_grad() = record.sum.value();
     if (leaf.grad().defined()) release(leaf, record);
   }
