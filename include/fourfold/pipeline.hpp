@@ -143,6 +143,9 @@ class CompressionPipeline {
   static constexpr bool kHas = !std::is_void_v<PolicyOf<R>>;
 
  public:
+  /// Whether backward is the step (the policy Release): then leave step() and zero_grad() out.
+  static constexpr bool kReleases = kHas<Role::kRelease>;
+
   /// Weights, if a policy covers them, are compressed here, in place.
   template <ModuleLike M>
   explicit CompressionPipeline(M&& model) {
@@ -284,6 +287,11 @@ class CompressionPipeline {
     TORCH_CHECK(!state_->parameters.empty(),
                 "CompressionPipeline: the module has no parameters, so there is nothing to train; "
                 "hand over the module that holds them, after they are registered");
+    if constexpr (kHas<Role::kPrecision>) {
+      using Chosen = PolicyOf<Role::kPrecision>;
+      state_->precision = Chosen::on(state_->parameters.front().second.device().type());
+      Chosen::convert(module);
+    }
     for (const auto& [name, parameter] : state_->parameters)
       if (parameter.requires_grad()) state_->trainable.push_back(parameter);
     for (const at::Tensor& factor : factors(model)) state_->trainable.push_back(factor);
@@ -297,10 +305,6 @@ class CompressionPipeline {
     state_->gradient_tags = door::retag_gradients(state_->trainable);
     if constexpr (kHas<Role::kGradients>)
       state_->gradients = PolicyOf<Role::kGradients>::attach(state_->trainable);
-    if constexpr (kHas<Role::kPrecision>) {
-      const at::Device device = state_->parameters.front().second.device();
-      state_->precision = PolicyOf<Role::kPrecision>::on(device.type());
-    }
 
     if (std::any_of(state_->parameters.begin(), state_->parameters.end(),
                     [](const auto& one) { return door::is_packed(one.second); }))

@@ -40,6 +40,15 @@ struct AdamWFactors {
         root(static_cast<float>(1 / std::sqrt(1 - std::pow(beta2, static_cast<double>(step))))),
         eps(static_cast<float>(epsilon)),
         rate(static_cast<float>(-(lr / (1 - std::pow(beta1, static_cast<double>(step)))))) {}
+
+  /// Those of one of a step's gradients: moments decay with the first, the weight moves with the
+  /// last, so that m takes up their sum and v the sum of their squares.
+  [[nodiscard]] AdamWFactors folded(bool first, bool last) const {
+    AdamWFactors k = *this;
+    if (!first) k.keep_first = k.keep_second = 1;
+    if (!last) k.decay = 1, k.rate = 0, k.eps = 1;
+    return k;
+  }
 };
 
 inline void update_scalar(float& p, float g, float& m, float& v, const AdamWFactors& k) {
