@@ -87,8 +87,9 @@ void visit_narrow(at::ScalarType dtype, std::int64_t width, const F& f) {
 
 inline constexpr std::int64_t kNarrowGrain = 1 << 15;  ///< values a thread takes at least
 
+/// Of dense Long or Int values; undefined where no width is smaller. `low`: the least value.
 template <class = void>
-std::optional<std::pair<at::Tensor, std::int64_t>> narrow(const at::Tensor& flat) {
+at::Tensor narrow(const at::Tensor& flat, std::int64_t& low) {
   const std::int64_t n = flat.numel();
   const std::int64_t full = flat.element_size();
   IntRange some{0, 0};
@@ -112,10 +113,11 @@ std::optional<std::pair<at::Tensor, std::int64_t>> narrow(const at::Tensor& flat
         range.include(piece);
       });
     });
-    if (range.width() == width) return std::pair(std::move(codes), range.low);
+    low = range.low;
+    if (range.width() == width) return codes;
     width = range.width();
   }
-  return std::nullopt;
+  return {};
 }
 
 }  // namespace detail
@@ -131,12 +133,11 @@ class BasicNarrowInt {
   [[nodiscard]] static std::optional<Packed> try_compress(const at::Tensor& values) {
     if (!takes(values)) return std::nullopt;
     const c10::NoGradGuard no_grad;
-    auto narrowed = detail::narrow(values.contiguous().view({-1}));
-    if (!narrowed) return std::nullopt;
     at::Tensor low = at::empty({1}, values.options().dtype(at::kLong));
-    *low.mutable_data_ptr<std::int64_t>() = narrowed->second;
-    return Packed{
-        {std::move(narrowed->first), std::move(low)}, values.sizes().vec(), values.scalar_type()};
+    at::Tensor codes =
+        detail::narrow(values.contiguous().view({-1}), *low.mutable_data_ptr<std::int64_t>());
+    if (!codes.defined()) return std::nullopt;
+    return Packed{{std::move(codes), std::move(low)}, values.sizes().vec(), values.scalar_type()};
   }
   /// The same; an error where there is nothing.
   [[nodiscard]] Packed compress(const at::Tensor& values) const {
