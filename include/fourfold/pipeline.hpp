@@ -21,6 +21,7 @@
 ///   OptimizerStates<Codec>    optim/optimizer_states.hpp   AdamW's moments packed
 /// and, by includes of their own,
 ///   Budget<>                  plan/budget.hpp              which of it is done, within a budget
+///   Offload<>                 activations/offload.hpp      what else is saved, in a file
 ///   Precision<BFloat16>       precision.hpp                forward under autocast
 ///   Gradients<Codec>          gradients/quantised.hpp      gradients passed through few bits
 ///   Release                   gradients/release.hpp        parameters step in backward
@@ -230,7 +231,8 @@ class CompressionPipeline {
 
   /// Why nothing was saved, or no block was recomputed, if so; else empty.
   [[nodiscard]] std::string explain() const {
-    if constexpr (!kHas<Role::kActivations> && !kHas<Role::kRecompute> && !kHas<Role::kBlocks>)
+    if constexpr (!kHas<Role::kActivations> && !kHas<Role::kRecompute> && !kHas<Role::kBlocks> &&
+                  !kHas<Role::kOffload>)
       return {};  // nothing here is a scope's work
     if (state_->scopes == 0)
       return "no forward ran inside the pipeline's scope: call pipeline.forward([&] { ... }), or "
@@ -275,6 +277,7 @@ class CompressionPipeline {
       if (plan != nullptr)
         options.plan = PolicyOf<Role::kBudget>::template make<PolicyOf<Role::kActivations>>(
             *plan, kHas<Role::kWeights> ? NamedTensors{} : parameters_of(model, "Budget"));
+    if constexpr (kHas<Role::kOffload>) options.offload = PolicyOf<Role::kOffload>::make();
     if constexpr (kHas<Role::kBlocks>) {  // first: it undoes itself, and packing rounds
       state_->block_every = PolicyOf<Role::kBlocks>::every;
       state_->wrapped_blocks = wrap_sequential_blocks(module);

@@ -7,6 +7,8 @@
 #include <ATen/core/stack.h>
 #include <ATen/ops/empty_strided.h>
 #include <fourfold/activations/stored.hpp>
+#include <fourfold/core/place.hpp>
+#include <fourfold/torch/operators.hpp>  // OperatorsPause
 
 #include <cstdint>
 #include <memory>

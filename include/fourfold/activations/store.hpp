@@ -16,33 +16,30 @@
 /// A saved tensor is, in this order:
 ///  1. held as it is and not counted: a parameter (a leaf that asks for gradients, a view of one,
 ///     `keep_storages`), what is not dense (sparse, quantised, meta, packed, ...), empty;
-///  2. held as it is: integers, complex; what its operator has yet to write; small (under
-///     `min_numel` values or `min_bytes`); a constant from outside of the scope; statistics (an
-///     eighth of its operator's largest argument or less); what `keep` says;
+///  2. held as it is: complex; what its operator has yet to write; small (under `min_numel` values
+///     or `min_bytes`); a constant from outside of the scope (a batch and its targets, which somebody
+///     holds); statistics (an eighth of its operator's largest argument or less); what `keep` says;
 ///  3. held by what holds its storage already, or by what it was decoded from;
-///  4. held exactly in one bit a value: dropout's noise and boolean masks, and what the backward of
-///     relu and leaky_relu asks of it;
+///  4. held exactly in fewer bits: dropout's noise, boolean masks, and what the backward of relu,
+///     leaky_relu, hardtanh, relu6 and threshold asks of it, in one; max_pool's indices in 8; other
+///     Long and Int values in as few bytes as their range needs;
 ///  5. not held, but computed again from what is held anyway (`recompute`);
 ///  6. packed, rounded stochastically: softmax results and inputs of checkpoints by
 ///     `pack_sensitive`, the rest by `pack`.
 ///     Float, BFloat16 and Half only; a Double is held as it is, and so is what holds an infinity
-///     or a NaN, whose neighbours would be lost.
+///     or a NaN, whose neighbours would be lost;
+///  7. written to a file, codes and what else is held (`offload`).
 /// Without `pack` all of it is exact, and gradients are equal to the bit.
 ///
 /// A view comes back with its sizes, strides and dtype. Its offset is counted from the first value
 /// that is held, where a piece of a storage is held. What is packed is a value as it was saved;
 /// writing to it by a raw pointer afterwards is not seen (an operator's write is: the door throws
 /// LibTorch's error at unpacking, as without us).
-#include <ATen/core/grad_mode.h>
-#include <ATen/CPUGeneratorImpl.h>
-#include <ATen/ops/all.h>
-#include <ATen/ops/gt.h>
-#include <ATen/ops/isfinite.h>
-#include <ATen/ops/ne.h>
 #include <fourfold/activations/activation_options.hpp>
-#include <fourfold/activations/rebuild.hpp>
-#include <fourfold/activations/saved_bytes.hpp>
-#include <fourfold/activations/stored.hpp>
+#include <fourfold/activations/ask_plan.hpp>
+#include <fourfold/activations/encoder.hpp>
+#include <fourfold/activations/explain.hpp>
+#include <fourfold/activations/saved_views.hpp>
 #include <fourfold/activations/tape.hpp>
 #include <fourfold/core/place.hpp>
 #include <fourfold/torch/operators.hpp>
@@ -53,7 +50,6 @@
 #include <memory>
 #include <mutex>
 #include <optional>
-#include <sstream>
 #include <string>
 #include <utility>
 #include <vector>
@@ -74,7 +70,7 @@ class BasicActivationStore final : public door::SavedTensors,
       if (detail::is_plain(tensor)) index_->mark_exact(tensor.storage());
   }
   /// The optimizer's steps so far: part of the noise's key.
-  void set_step(std::uint64_t step) { step_.store(step, std::memory_order_relaxed); }
+  void set_step(std::uint64_t step) { encoder_.set_step(step); }
 
   /// Turns the operators' tape on, on this thread, until the result goes; also within backward,
   /// for a recompute. Null where nothing is packed or recomputed.
@@ -99,7 +95,9 @@ class BasicActivationStore final : public door::SavedTensors,
   [[nodiscard]] const std::shared_ptr<SavedPlan>& plan() const { return options_.plan; }
   void restart_peaks() { totals_->plain.restart_peak(), totals_->held.restart_peak(); }
   /// In words: what was saved and what became of it, or why nothing was saved.
-  [[nodiscard]] std::string explain() const;
+  [[nodiscard]] std::string explain() const {
+    return detail::explain(*totals_, forwards(), options_.pack != nullptr);
+  }
 
  private:
   using Stored = std::shared_ptr<detail::Stored>;
@@ -108,7 +106,7 @@ class BasicActivationStore final : public door::SavedTensors,
   explicit BasicActivationStore(ActivationOptions options) : options_(std::move(options)) {}
 
   [[nodiscard]] bool active() const {
-    return options_.pack != nullptr || !options_.recompute.empty();
+    return options_.pack != nullptr || !options_.recompute.empty() || options_.offload != nullptr;
   }
   /// What this thread's operators are noted on, if this store was activated on it.
   [[nodiscard]] detail::Tape* tape() const;
@@ -119,23 +117,13 @@ class BasicActivationStore final : public door::SavedTensors,
   std::shared_ptr<door::Saved> as(const Stored& stored, detail::StorageView view);
   std::shared_ptr<door::Saved> hold(const at::Tensor& tensor, const at::Tensor& attached,
                                     PackFunction pack);
-  SavedPlan::Choice planned(const at::Tensor& tensor, PackFunction pack, const detail::Tape* tape);
-  Stored choose(const at::Tensor& tensor, const detail::Extent& extent, PackFunction pack,
-                detail::Tape* tape);
-  Stored decoded(const at::Tensor& tensor, const detail::Extent& extent);
-  Stored borrowed(const at::Tensor& tensor, const detail::Extent& extent);
-  Stored mask(const at::Tensor& tensor, const detail::Extent& extent);
-  Stored sign(const at::Tensor& tensor, const detail::Extent& extent, bool positive);
-  Stored packed(const at::Tensor& tensor, detail::Extent extent, PackFunction pack,
-                detail::Tape* tape);
-  [[nodiscard]] bool stays(const at::Tensor& tensor, const at::Tensor& attached,
-                           const detail::Tape* tape) const;
 
   const ActivationOptions options_;
   const std::shared_ptr<detail::SavedTotals> totals_ = std::make_shared<detail::SavedTotals>();
   const std::shared_ptr<detail::StorageIndex> index_ =
       std::make_shared<detail::StorageIndex>(totals_);
-  std::atomic<std::uint64_t> step_{0}, forwards_{0}, numbers_{0};
+  detail::Encoder encoder_{options_, index_};
+  std::atomic<std::uint64_t> forwards_{0};
   std::mutex mutex_;
   std::vector<std::unique_ptr<detail::Tape>> tapes_;  // idle ones, which know operators already
 };
@@ -156,6 +144,7 @@ struct BasicActivationStore<T>::Active {
   }
   ~Active() {
     scope.reset();
+    if (store->options_.offload != nullptr) store->options_.offload->settle();
     if (planned) store->options_.plan->forward_ended(tape->forward());
     tape->clear();
     const std::lock_guard lock(store->mutex_);
@@ -219,29 +208,13 @@ std::shared_ptr<door::Saved> BasicActivationStore<T>::as(const Stored& stored,
       case StoredAs::kPacked: return totals_->packed;
       case StoredAs::kMask: return totals_->masks;
       case StoredAs::kRebuilt: return totals_->recomputed;
+      case StoredAs::kOffloaded: return totals_->offloaded;
     }
     TORCH_INTERNAL_ASSERT(false);
   }();
   count.fetch_add(1, std::memory_order_relaxed);
   stored->use()->note_saved();
   return std::make_shared<detail::SavedView>(stored, std::move(view));
-}
-
-template <class T>
-bool BasicActivationStore<T>::stays(const at::Tensor& tensor, const at::Tensor& attached,
-                                    const detail::Tape* tape) const {
-  const bool bits = tensor.scalar_type() == at::kBool && tensor.is_cpu();
-  if (!at::isFloatingType(tensor.scalar_type()) && !bits) return true;
-  if (options_.keep && options_.keep(tensor)) return true;
-  c10::StorageImpl* const key = tensor.storage().unsafeGetStorageImpl();
-  const detail::Tape::Origin* origin = tape ? tape->origin(key) : nullptr;
-  const bool made_here = origin != nullptr && origin->time != 0;
-  if (attached.is_leaf() && !made_here) return true;  // a constant, which somebody holds
-  const detail::Tape::Frame* frame = tape ? tape->frame() : nullptr;
-  if (frame == nullptr || frame->argument(key) != nullptr) return false;
-  for (const at::Tensor& argument : frame->tensors)
-    if (8 * tensor.numel() <= argument.numel()) return true;  // mean, rstd, logsumexp
-  return false;
 }
 
 template <class T>
@@ -280,11 +253,11 @@ std::shared_ptr<door::Saved> BasicActivationStore<T>::hold(const at::Tensor& ten
     totals_->kept.fetch_add(1, std::memory_order_relaxed);
     return std::make_shared<detail::SavedAsIs>(tensor, std::move(found));
   }
-  if (Stored source = decoded(tensor, extent)) return as(source, std::move(view));
+  if (Stored source = encoder_.decoded(tensor, extent)) return as(source, std::move(view));
   if (options_.payload_of && extent.dense())
-    if (Stored lent = borrowed(tensor, extent)) return as(lent, std::move(view));
+    if (Stored lent = encoder_.borrowed(tensor, extent)) return as(lent, std::move(view));
   if (!active()) return keep(tensor);
-  if (stays(tensor, attached, tape)) return keep(tensor, tape);
+  if (encoder_.stays(tensor, attached, tape)) return keep(tensor, tape);
   const PlaceGuard place(Place::kActivations);
   const auto bytes = static_cast<std::int64_t>(tensor.nbytes());
   if (tensor.numel() < options_.min_numel || bytes < options_.min_bytes) {
@@ -294,190 +267,13 @@ std::shared_ptr<door::Saved> BasicActivationStore<T>::hold(const at::Tensor& ten
     return std::make_shared<detail::SavedPiece>(tensor, index_->use(tensor.storage()));
   }
   SavedPlan::Choice choice;
-  if (options_.plan != nullptr && tape != nullptr) choice = planned(tensor, pack, tape);
+  if (options_.plan != nullptr && tape != nullptr)
+    choice = detail::ask_plan(*options_.plan, tensor, pack != options_.pack, *tape);
   if (choice.pack != nullptr) pack = choice.pack;
-  const Stored stored = choice.keep ? nullptr : choose(tensor, extent, pack, tape);
+  const Stored stored = choice.keep ? nullptr : encoder_.encode(tensor, extent, pack, tape);
   if (stored == nullptr) return keep(tensor, tape, /*written=*/true, choice);
   if (choice.watch != nullptr) stored->watch(std::move(choice.watch), choice.item);
   return as(stored, std::move(view));
-}
-
-/// Not of what a block saves when it runs again: that goes at once.
-template <class T>
-SavedPlan::Choice BasicActivationStore<T>::planned(const at::Tensor& tensor, PackFunction pack,
-                                                   const detail::Tape* tape) {
-  if (torch::autograd::get_current_graph_task_id() != -1) return {};
-  const c10::Storage& storage = tensor.storage();
-  c10::StorageImpl* const key = storage.unsafeGetStorageImpl();
-  const detail::Tape::Origin* const origin = tape->origin(key);
-  const detail::Tape::Frame* const frame = tape->frame();
-  SavedStorage saved{.forward = tape->forward(),
-                     .bytes = static_cast<std::int64_t>(storage.nbytes()),
-                     .sensitive = pack != options_.pack,
-                     .values = &tensor};
-  const bool result = frame != nullptr && frame->argument(key) == nullptr;
-  if (frame != nullptr) {
-    saved.operation = frame->number, saved.saver = frame->traits->name;
-    while (saved.place < frame->tensors.size() &&
-           !frame->tensors[saved.place].storage().is_alias_of(storage))
-      ++saved.place;
-    saved.sensitive = saved.sensitive || (result && frame->traits->sensitive);
-  }
-  if (origin != nullptr && origin->time != 0) {
-    saved.operation = origin->number, saved.place = origin->result, saved.made = true;
-    saved.producer = origin->traits->name;
-  } else if (result) {  // its operator saves it before it is done
-    saved.made = true, saved.producer = saved.saver;
-  }
-  SavedPlan::Choice choice = options_.plan->choose(saved);
-  if (saved.sensitive) choice.pack = nullptr;
-  return choice;
-}
-
-template <class T>
-std::shared_ptr<detail::Stored> BasicActivationStore<T>::decoded(const at::Tensor& tensor,
-                                                                 const detail::Extent& extent) {
-  const c10::Storage& storage = tensor.storage();
-  Stored source = index_->decoded_from(storage.unsafeGetStorageImpl());
-  if (source == nullptr) return nullptr;
-  auto stored = std::make_shared<detail::Decoded>(index_->use(storage), std::move(source));
-  if (!stored->has(tensor._version(), tensor.scalar_type(), extent)) return nullptr;
-  index_->add(stored);
-  return stored;
-}
-
-template <class T>
-std::shared_ptr<detail::Stored> BasicActivationStore<T>::borrowed(const at::Tensor& tensor,
-                                                                  const detail::Extent& extent) {
-  std::shared_ptr<const Payload> payload = options_.payload_of(tensor);
-  if (payload == nullptr || payload->dtype() != tensor.scalar_type() ||
-      c10::multiply_integers(payload->sizes()) != extent.span)
-    return nullptr;
-  auto stored = std::make_shared<detail::Packed>(index_->use(tensor.storage()), tensor._version(),
-                                                 tensor.scalar_type(), extent, std::move(payload),
-                                                 /*exact=*/false, /*borrowed=*/true);
-  index_->add(stored);
-  return stored;
-}
-
-template <class T>
-std::shared_ptr<detail::Stored> BasicActivationStore<T>::choose(const at::Tensor& tensor,
-                                                                const detail::Extent& extent,
-                                                                PackFunction pack,
-                                                                detail::Tape* tape) {
-  c10::StorageImpl* const key = tensor.storage().unsafeGetStorageImpl();
-  const detail::Tape::Origin* origin = tape ? tape->origin(key) : nullptr;
-  if (tensor.scalar_type() == at::kBool) return mask(tensor, extent);
-  if (origin != nullptr && origin->two_values)
-    if (Stored stored = mask(tensor, extent)) return stored;
-  if (origin != nullptr && origin->call != nullptr)
-    if (Stored stored =
-            detail::rebuild(*tape, *origin, tensor._version(), options_.recompute_depth))
-      return stored;
-  const at::ScalarType dtype = tensor.scalar_type();
-  if (dtype != at::kFloat && dtype != at::kBFloat16 && dtype != at::kHalf) return nullptr;
-  const detail::Tape::Frame* frame = tape ? tape->frame() : nullptr;
-  const bool result = frame != nullptr && frame->argument(key) == nullptr;
-  const bool reads_sign =
-      frame != nullptr && (frame->traits->reads_nonzero || frame->traits->reads_positive);
-  // Without a codec only where the values themselves, a relu's result, can be computed again.
-  if (reads_sign && (pack != nullptr || (result && frame->traits->cheap)))
-    if (Stored stored = sign(tensor, extent, frame->traits->reads_positive)) return stored;
-  if (pack == nullptr) return nullptr;
-  if (result && frame->traits->sensitive)
-    return options_.pack_sensitive ? packed(tensor, extent, options_.pack_sensitive, tape)
-                                   : nullptr;
-  return packed(tensor, extent, pack, tape);
-}
-
-template <class T>
-std::shared_ptr<detail::Stored> BasicActivationStore<T>::mask(const at::Tensor& tensor,
-                                                              const detail::Extent& extent) {
-  if (options_.pack_mask == nullptr || !extent.dense()) return nullptr;
-  std::shared_ptr<const Payload> payload =
-      options_.pack_mask(extent.view(tensor.scalar_type()).on(tensor.storage()));
-  if (payload == nullptr) return nullptr;
-  auto stored = std::make_shared<detail::Packed>(index_->use(tensor.storage()), tensor._version(),
-                                                 tensor.scalar_type(), extent, std::move(payload),
-                                                 /*exact=*/true);
-  index_->add(stored);
-  return stored;
-}
-
-/// What relu's backward asks, exactly: in few bits small values would round to 0. For its node
-/// alone, since these are not the tensor's values.
-template <class T>
-std::shared_ptr<detail::Stored> BasicActivationStore<T>::sign(const at::Tensor& tensor,
-                                                              const detail::Extent& extent,
-                                                              bool positive) {
-  if (options_.pack_mask == nullptr || !extent.dense()) return nullptr;
-  const at::ScalarType dtype = tensor.scalar_type();
-  const at::Tensor values = extent.view(dtype).on(tensor.storage());
-  const std::shared_ptr<const Payload> bits =
-      options_.pack_mask(positive ? at::gt(values, 0) : at::ne(values, 0));
-  if (bits == nullptr) return nullptr;
-  return std::make_shared<detail::Packed>(index_->use(tensor.storage()), tensor._version(), dtype,
-                                          extent, bits->to(tensor.device(), dtype),
-                                          /*exact=*/true);
-}
-
-template <class T>
-std::shared_ptr<detail::Stored> BasicActivationStore<T>::packed(const at::Tensor& tensor,
-                                                                detail::Extent extent,
-                                                                PackFunction pack,
-                                                                detail::Tape* tape) {
-  const c10::Storage& storage = tensor.storage();
-  const auto values = static_cast<std::int64_t>(storage.nbytes() / tensor.element_size());
-  const detail::Tape::Origin* origin =
-      tape ? tape->origin(storage.unsafeGetStorageImpl()) : nullptr;
-  // q, k and v are pieces of one storage: it is packed whole, once. Not where parts of it may hold
-  // anything, which would spoil the scales of their neighbours.
-  if (!extent.dense() && 4 * extent.numel() >= values && origin != nullptr && !origin->assembled)
-    extent = detail::Extent::whole(values);
-  const Key key{.seed = at::detail::getDefaultCPUGenerator().current_seed(),
-                .step = step_.load(std::memory_order_relaxed),
-                .forward = tape ? tape->forward() : 0,
-                .storage = tape ? tape->next_storage() : numbers_.fetch_add(1)};
-  std::shared_ptr<const Payload> payload = pack(extent.view(tensor.scalar_type()).on(storage), key);
-  const bool holds_nan = payload->holds_nan();
-  auto stored = std::make_shared<detail::Packed>(index_->use(storage), tensor._version(),
-                                                 tensor.scalar_type(), std::move(extent),
-                                                 std::move(payload), /*exact=*/false);
-  if (holds_nan) {  // of the tensor itself, or of what lies between its values?
-    detail::StorageView view(tensor);
-    const detail::Extent own(view);
-    if (!detail::SavedView(stored, std::move(view)).unpack().isfinite().all().item<bool>())
-      return mask(tensor, own);
-  }
-  index_->add(stored);
-  return stored;
-}
-
-template <class T>
-std::string BasicActivationStore<T>::explain() const {
-  const SavedCounts n = counts();
-  std::ostringstream out;
-  if (n.tensors() == 0) {
-    out << "activations: no tensor passed: forward ran outside the scope, on another thread, or "
-           "without gradients";
-    if (forwards() == 0) out << " (no scope was ever entered)";
-    if (const std::int64_t outside = door::tensors_saved_outside_scopes(); outside > 0)
-      out << "; " << outside << " tensors were saved on threads that had no scope";
-    return out.str();
-  }
-  const auto mib = [](std::int64_t bytes) { return static_cast<double>(bytes) / (1 << 20); };
-  out.precision(1);
-  out << std::fixed << "activations: " << n.tensors() << " tensors saved in " << forwards()
-      << " forwards: " << n.packed << " packed, " << n.masks << " as bits, " << n.recomputed
-      << " computed again, " << n.kept << " held as they are, " << n.parameters
-      << " the model's own; at most " << mib(held_bytes().peak) << " MiB held at once, plain "
-      << "LibTorch would have held " << mib(plain_bytes().peak) << " MiB";
-  if (n.materialised > 0)
-    out << "; " << n.materialised
-        << " were to be computed again, but an in-place operator wrote to their input first";
-  if (n.packed == 0 && options_.pack != nullptr)
-    out << "; nothing was packed: all tensors were small, not of a floating dtype, or constants";
-  return out.str();
 }
 
 }  // namespace fourfold::inline v0

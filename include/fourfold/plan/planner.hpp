@@ -207,10 +207,11 @@ class Planner final : public SavedPlan {
     const bool whole = std::all_of(known_.begin(), known_.end(), [](bool met) { return met; });
     plan_->learn(last_.peak - last_.base, options_.budget - last_.base, whole);
     const std::vector<StoredAs> kinds = step->kinds();
+    std::vector<std::size_t> failed;
     for (std::size_t i = 0; i < kinds.size(); ++i)
       if (known_[i] && plan_->way(i).kind == Way::Kind::kRebuild && kinds[i] != StoredAs::kRebuilt)
-        failed_.push_back(i);
-    for (const std::size_t storage : std::exchange(failed_, {})) plan_->cannot_rebuild(storage);
+        failed.push_back(i);
+    plan_->cannot_rebuild(failed);
     // One in a hundred may hide behind another choice: a result on the way to a rebuilt one.
     std::int64_t all = 0;
     for (const StorageRecord& storage : plan_->record().storages) all += storage.bytes;
@@ -248,7 +249,6 @@ class Planner final : public SavedPlan {
   std::vector<Met> met_;
   PointerMap<Known> ids_;
   std::vector<bool> known_;
-  std::vector<std::size_t> failed_;
   std::int64_t unknown_bytes_ = 0;
   bool recording_ = false, record_next_ = false;
   int notches_ = 0;

@@ -35,10 +35,6 @@ class Step final : public StoredWatch {
     event();
     watch_.freed = &Watch::note;
   }
-  [[nodiscard]] bool recording() const {
-    const std::lock_guard lock(mutex_);
-    return recorder_.has_value();
-  }
 
   /// The number of the forward that begins.
   std::uint64_t forward_began() {

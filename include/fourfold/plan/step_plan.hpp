@@ -56,7 +56,6 @@ class StepPlan {
     chosen_ = solve(problem_, most, most_variance_);
     if (!chosen_.feasible) chosen_ = smallest_;
     most_ = most, solved_ = true;
-    ++solutions_;
   }
 
   /// Above what lived when the step began.
@@ -77,9 +76,10 @@ class StepPlan {
     last_difference_ = difference;
     ++steps_;
   }
-  /// A storage that was to be computed again could not be: it is kept from now on.
-  void cannot_rebuild(std::size_t storage) {
-    record_.storages[storage].rebuild_fails = true;
+  /// Storages that were to be computed again could not be: they are kept from now on.
+  void cannot_rebuild(const std::vector<std::size_t>& storages) {
+    if (storages.empty()) return;
+    for (const std::size_t storage : storages) record_.storages[storage].rebuild_fails = true;
     remake();
   }
 
@@ -92,8 +92,6 @@ class StepPlan {
   [[nodiscard]] const Problem& problem() const { return problem_; }
   [[nodiscard]] const Solution& chosen() const { return chosen_; }
   [[nodiscard]] std::int64_t correction() const { return correction_; }
-  [[nodiscard]] int steps() const { return steps_; }          ///< that ran by it
-  [[nodiscard]] int solutions() const { return solutions_; }  ///< choices made so far
   bool strict = true;  ///< a storage that the record does not know asks for a new record
 
   [[nodiscard]] static std::uint64_t key(const StorageId& id) {
@@ -128,7 +126,7 @@ class StepPlan {
   mutable std::vector<Solution> curve_;
   std::int64_t most_ = 0, correction_ = 0, least_measured_ = 0;
   std::optional<std::int64_t> last_difference_;
-  int steps_ = 0, solutions_ = 0;
+  int steps_ = 0;
   bool solved_ = false, exceeded_ = false;
 };
 
