@@ -321,7 +321,7 @@ TEST(LinearCrossEntropy, SaysWhatItWants) {
   EXPECT_THAT(words({}, p.weight, p.target), HasSubstr("an undefined tensor"));
   EXPECT_THAT(words(p.hidden, p.weight.t(), p.target), HasSubstr("as nn::Linear has them"));
   EXPECT_THAT(words(p.hidden, p.weight, p.target.view({-1})),
-              HasSubstr("target has sizes [33] and hidden [3, 11, 19]; give one class for each of "
+              HasSubstr("target has sizes [33] and hidden [3, 11, 16]; give one class for each of "
                         "hidden's rows, [3, 11]"));
   EXPECT_THAT(
       words(p.hidden, p.weight, torch::rand({3, 11, 37})),
