@@ -29,7 +29,8 @@ class BasicEncoder {
   /// The optimizer's steps so far: part of the noise's key.
   void set_step(std::uint64_t step) { step_.store(step, std::memory_order_relaxed); }
 
-  /// The first that is open: bits, computed again, packed by `pack`. `tape` may be null.
+  /// The first that is open: bits, computed again, packed by `pack`; null: exact ways alone are.
+  /// `tape` may be null.
   std::shared_ptr<Stored> encode(const at::Tensor& tensor, const Extent& extent, PackFunction pack,
                                  Tape* tape) {
     c10::StorageImpl* const key = tensor.storage().unsafeGetStorageImpl();
@@ -40,7 +41,7 @@ class BasicEncoder {
     if (origin != nullptr && origin->call != nullptr)
       if (std::shared_ptr<Stored> stored =
               rebuild(*tape, *origin, tensor._version(), options_.recompute_depth))
-        return stored;
+        if (pack != nullptr || stored->exact()) return stored;
     const at::ScalarType dtype = tensor.scalar_type();
     if (dtype != at::kFloat && dtype != at::kBFloat16 && dtype != at::kHalf) return nullptr;
     const Tape::Frame* frame = tape ? tape->frame() : nullptr;
@@ -51,11 +52,7 @@ class BasicEncoder {
     if (reads_sign && (pack != nullptr || (result && frame->traits->cheap)))
       if (std::shared_ptr<Stored> stored = sign(tensor, extent, frame->traits->reads_positive))
         return stored;
-    if (pack == nullptr) return nullptr;
-    if (result && frame->traits->sensitive)
-      return options_.pack_sensitive ? packed(tensor, extent, options_.pack_sensitive, tape)
-                                     : nullptr;
-    return packed(tensor, extent, pack, tape);
+    return pack != nullptr ? packed(tensor, extent, pack, tape) : nullptr;
   }
 
   /// By the payload that it was decoded from.

@@ -23,8 +23,9 @@
 ///  4. held exactly in one bit a value: dropout's noise and boolean masks, and what the backward of
 ///     relu and leaky_relu asks of it;
 ///  5. not held, but computed again from what is held anyway (`recompute`);
-///  6. packed, rounded stochastically: softmax results and inputs of checkpoints by
-///     `pack_sensitive`, the rest by `pack`.
+///  6. held as it is: what a backward divides by or takes the root or the logarithm of;
+///  7. packed, rounded stochastically: what attention, softmax and products of two activations
+///     save and the inputs of checkpoints by `pack_sensitive`, the rest by `pack` (tolerance.hpp).
 ///     Float, BFloat16 and Half only; a Double is held as it is, and so is what holds an infinity
 ///     or a NaN, whose neighbours would be lost.
 /// Without `pack` all of it is exact, and gradients are equal to the bit.
@@ -41,6 +42,7 @@
 #include <fourfold/activations/saved_views.hpp>
 #include <fourfold/activations/stored.hpp>
 #include <fourfold/activations/tape.hpp>
+#include <fourfold/activations/tolerance.hpp>
 #include <fourfold/core/place.hpp>
 #include <fourfold/torch/operators.hpp>
 #include <fourfold/torch/saved_tensors.hpp>
@@ -262,7 +264,10 @@ std::shared_ptr<door::Saved> BasicActivationStore<T>::hold(const at::Tensor& ten
     return keep(tensor, tape, /*written=*/false);
   detail::StorageView view(tensor);
   const detail::Extent extent(view);
-  if (Stored found = index_->find(key, version, view.dtype, extent)) {
+  const detail::Tolerance tolerance = detail::tolerance(tape, key);
+  const bool exact = tolerance == detail::Tolerance::kExact;
+  if (Stored found = index_->find(key, version, view.dtype, extent);
+      found != nullptr && (!exact || found->exact())) {
     if (found->kind() != StoredAs::kKept) return as(found, std::move(view));
     if (tape != nullptr && tape->frame() != nullptr)
       static_cast<detail::Kept&>(*found).note_saver(tape->frame()->time);
@@ -283,8 +288,9 @@ std::shared_ptr<door::Saved> BasicActivationStore<T>::hold(const at::Tensor& ten
     totals_->kept.fetch_add(1, std::memory_order_relaxed);
     return std::make_shared<detail::SavedPiece>(tensor, index_->use(tensor.storage()));
   }
+  pack = detail::pack_within(tolerance, pack, options_);
   SavedPlan::Choice choice;
-  if (options_.plan != nullptr && tape != nullptr)
+  if (options_.plan != nullptr && tape != nullptr && !exact)
     choice = detail::ask_plan(*options_.plan, tensor, pack != options_.pack, *tape);
   if (choice.pack != nullptr) pack = choice.pack;
   const Stored stored = choice.keep ? nullptr : encoder_.encode(tensor, extent, pack, tape);
