@@ -56,20 +56,22 @@ class GradientBounds : public testing::Test {
 
 /// What a preset makes of what backward needs.
 struct Saving {
-  std::optional<IntFormat> values{};  ///< saved tensors
-  std::optional<IntFormat> softmax{};
-  std::optional<IntFormat> input{};  ///< of a block: the rest of it is computed again from that
+  std::optional<IntFormat> values{};     ///< saved tensors
+  std::optional<IntFormat> sensitive{};  ///< of softmax, attention and products of activations
+  std::optional<IntFormat> input{};      ///< of a block: the rest of it is computed again from that
 
   [[nodiscard]] Ball of_value(const Ball& x) const { return values ? packed(x, *values) : x; }
-  [[nodiscard]] Ball of_softmax(const Ball& x) const { return softmax ? packed(x, *softmax) : x; }
+  [[nodiscard]] Ball of_sensitive(const Ball& x) const {
+    return sensitive ? packed(x, *sensitive) : x;
+  }
   [[nodiscard]] Ball of_input(const Ball& x) const { return input ? packed(x, *input) : x; }
   /// What of_input gave, saved: where a block decoded it, its payload serves again.
   [[nodiscard]] Ball of_held(const Ball& x) const { return input ? x : of_value(x); }
 };
 constexpr Saving kNothing{};
-constexpr Saving kBalanced{.values = Int4::kFormat, .softmax = Int8::kFormat};
+constexpr Saving kBalanced{.values = Int4::kFormat, .sensitive = Int8::kFormat};
 constexpr Saving kSmallest{
-    .values = Int4::kFormat, .softmax = Int8::kFormat, .input = Int8::kFormat};
+    .values = Int4::kFormat, .sensitive = Int8::kFormat, .input = Int8::kFormat};
 
 // These say the same. A preset that changes must change here.
 static_assert(
@@ -269,8 +271,8 @@ class OneDnn {
   const bool before_ = at::globalContext().userEnabledMkldnn();
 };
 
-/// y = A Wo^T + bo, A = P V, P = softmax(Q K^T), [Q K V] = X Wi^T + bi, with Q scaled. X, Q, K, V
-/// and A are packed, P with its own code. The projections to Q and K are taken small, or in a block
+/// y = A Wo^T + bo, A = P V, P = softmax(Q K^T), [Q K V] = X Wi^T + bi, with Q scaled. X and A
+/// are packed, Q, K, V and P as sensitive. The projections to Q and K are taken small, or in a block
 /// the worst case of exp(Q K^T) would be many times what happens.
 Case attention() {
   constexpr std::int64_t kTime = 4, kBatch = 4, kWidth = 64, kHeads = 16;
@@ -305,9 +307,9 @@ Case attention() {
     const Ball p = softmax(matmul(heads(q), transposed(heads(k))));
     const Ball a = merged(matmul(p, heads(v)));
     // as backward reads them
-    const Ball x_held = saving.of_held(input), q_held = heads(saving.of_value(q)),
-               k_held = heads(saving.of_value(k)), v_held = heads(saving.of_value(v)),
-               p_held = saving.of_softmax(p), a_held = saving.of_value(a);
+    const Ball x_held = saving.of_held(input), q_held = heads(saving.of_sensitive(q)),
+               k_held = heads(saving.of_sensitive(k)), v_held = heads(saving.of_sensitive(v)),
+               p_held = saving.of_sensitive(p), a_held = saving.of_value(a);
     const Ball d = rows(exactly(dy)), da = heads(matmul(d, w_out));
     const Ball dp = matmul(da, transposed(v_held));
     const Ball ds = p_held * (dp - sum(dp * p_held, -1, true));

@@ -4,12 +4,13 @@
 ///
 ///   using Pipeline = CompressionPipeline<Activations<Int4>>;
 ///
-/// What is packed and what is held as it is stands in store.hpp. Rounding is stochastic: the
-/// gradient of a linear or a convolution stays unbiased, with more variance; where a backward is
-/// not linear in what it saved (gelu, layer_norm, a softmax), a bias of the size of the rounding
-/// error squared remains. `Sensitive` is for results of softmax and log_softmax, which backward
-/// reads through exp, and for the inputs of checkpoints, whose error reaches all that a block
-/// computes again: 8 bits unless said otherwise.
+/// What is packed and what is held as it is stands in store.hpp. Rounding is stochastic: where a
+/// backward is linear in each tensor that it saved (linear, convolution, products), gradients stay
+/// unbiased, with more variance; where it is not (gelu, layer_norm, a softmax), a bias of the size
+/// of the rounding error squared remains, h^2 / 8 * max|f''| for codes h apart
+/// (tests/activations/unbiasedness_test.cpp). `Sensitive` is for what reaches more than one
+/// parameter's gradient at full size: what attention, softmax and products of two activations save,
+/// and the inputs of checkpoints; 8 bits unless said otherwise. What a backward divides by is exact.
 #include <fourfold/activations/store.hpp>
 #include <fourfold/codec/group_int.hpp>
 #include <fourfold/core/codec.hpp>

@@ -29,7 +29,6 @@ SavedPlan::Choice ask_plan(SavedPlan& plan, const at::Tensor& tensor, bool sensi
     while (saved.place < frame->tensors.size() &&
            !frame->tensors[saved.place].storage().is_alias_of(storage))
       ++saved.place;
-    saved.sensitive = saved.sensitive || (result && frame->traits->sensitive);
   }
   if (origin != nullptr && origin->time != 0) {
     saved.operation = origin->number, saved.place = origin->result, saved.made = true;

@@ -52,8 +52,8 @@ class BasicEncoder {
     return false;
   }
 
-  /// The first that is open: an exact code, computed again, packed by `pack`, offloaded. `tape` may
-  /// be null.
+  /// The first that is open: an exact code, computed again, packed by `pack` (null: exact ways
+  /// alone), offloaded. `tape` may be null.
   std::shared_ptr<Stored> encode(const at::Tensor& tensor, const Extent& extent, PackFunction pack,
                                  Tape* tape) {
     if (std::shared_ptr<Stored> stored = coded(tensor, extent, pack, tape)) return stored;
@@ -112,7 +112,7 @@ class BasicEncoder {
     if (origin != nullptr && origin->call != nullptr)
       if (std::shared_ptr<Stored> stored =
               rebuild(*tape, *origin, tensor._version(), options_.recompute_depth))
-        return stored;
+        if (pack != nullptr || stored->exact()) return stored;
     const at::ScalarType dtype = tensor.scalar_type();
     const Tape::Frame* frame = tape ? tape->frame() : nullptr;
     const bool result = frame != nullptr && frame->argument(key) == nullptr;
@@ -128,11 +128,7 @@ class BasicEncoder {
     const bool gated = frame != nullptr && frame->traits->gate != OperatorTraits::Gate::kNone;
     if (gated && (pack != nullptr || !frame->traits->cheap))
       if (std::shared_ptr<Stored> stored = gate(tensor, extent, *frame)) return stored;
-    if (pack == nullptr) return nullptr;
-    if (result && frame->traits->sensitive)
-      return options_.pack_sensitive ? packed(tensor, extent, options_.pack_sensitive, tape)
-                                     : nullptr;
-    return packed(tensor, extent, pack, tape);
+    return pack != nullptr ? packed(tensor, extent, pack, tape) : nullptr;
   }
 
   /// Exactly, if there are two values.

@@ -4,7 +4,9 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/core/DispatchKey.h>
 
+#include <algorithm>
 #include <cstddef>
+#include <initializer_list>
 #include <string_view>
 #include <vector>
 
@@ -22,7 +24,11 @@ struct BasicOperatorTraits {
   bool scales_in_place = false;      ///< mul_, div_: two values stay two values
   bool batch_norm = false;           ///< writes running statistics that its schema does not name
   bool copies = false;               ///< its result has its argument's values, rounded at most
-  bool sensitive = false;            ///< backward reads the result through exp: softmax
+  bool sensitive = false;            ///< backward reads what it saved through exp: softmax
+  bool multiplies = false;           ///< mm, bmm, ...: backward multiplies by what it saved
+  bool adds = false;                 ///< addmm, ...: its first argument is added to a product
+  bool divides = false;              ///< by its last argument, and so does its backward
+  bool singular = false;             ///< its derivative has no bound: log, sqrt, ...
   bool reads_nonzero = false;        ///< backward asks of what it saved whether it is 0: relu
   bool reads_positive = false;       ///< ... whether it is positive: leaky_relu
   enum class Gate { kNone, kThreshold, kInterval };
@@ -53,7 +59,21 @@ struct BasicOperatorTraits {
     scales_in_place = name == "mul_" || name == "div_";
     batch_norm = name == "native_batch_norm";
     copies = name == "_to_copy" || name == "clone";
-    sensitive = name == "_softmax" || name == "_log_softmax";
+    sensitive = one_of(name, {"_softmax", "_log_softmax", "logsumexp", "logaddexp"}) ||
+                name.find("attention_forward") != name.npos ||
+                name.starts_with("_scaled_dot_product");
+    adds = one_of(
+        name, {"addmm", "addmm_", "baddbmm", "baddbmm_", "addbmm", "addmv", "_addmm_activation"});
+    multiplies = adds || one_of(name, {"mm", "bmm", "mv", "dot", "_trilinear", "convolution"});
+    divides = name == "div" || name == "div_";
+    singular = one_of(name, {"log",        "log_",        "log2",
+                             "log10",      "log1p",       "sqrt",
+                             "sqrt_",      "rsqrt",       "rsqrt_",
+                             "reciprocal", "reciprocal_", "acos",
+                             "asin",       "acosh",       "atanh",
+                             "atan2",      "logit",       "xlogy",
+                             "prod",       "cumprod",     "binary_cross_entropy",
+                             "erfinv",     "lgamma",      "digamma"});
     reads_nonzero = name == "relu" || name == "relu_";
     reads_positive = name == "leaky_relu" || name == "leaky_relu_";
     if (name == "threshold" || name == "threshold_") gate = Gate::kThreshold;
@@ -62,6 +82,9 @@ struct BasicOperatorTraits {
   }
 
  private:
+  static bool one_of(std::string_view name, std::initializer_list<std::string_view> names) {
+    return std::find(names.begin(), names.end(), name) != names.end();
+  }
   /// Named, without an argument that it writes to, and the same each time it runs.
   bool allowed(const c10::OperatorHandle& op, std::string_view name,
                const std::vector<std::string_view>& names) const {

@@ -24,8 +24,9 @@
 ///     leaky_relu, hardtanh, relu6 and threshold asks of it, in one; max_pool's indices in 8; other
 ///     Long and Int values in as few bytes as their range needs;
 ///  5. not held, but computed again from what is held anyway (`recompute`);
-///  6. packed, rounded stochastically: softmax results and inputs of checkpoints by
-///     `pack_sensitive`, the rest by `pack`.
+///  6. held as it is: what a backward divides by or takes the root or the logarithm of;
+///  7. packed, rounded stochastically: what attention, softmax and products of two activations
+///     save and the inputs of checkpoints by `pack_sensitive`, the rest by `pack` (tolerance.hpp).
 ///     Float, BFloat16 and Half only; a Double is held as it is, and so is what holds an infinity
 ///     or a NaN, whose neighbours would be lost;
 ///  7. written to a file, codes and what else is held (`offload`).
@@ -41,6 +42,7 @@
 #include <fourfold/activations/explain.hpp>
 #include <fourfold/activations/saved_views.hpp>
 #include <fourfold/activations/tape.hpp>
+#include <fourfold/activations/tolerance.hpp>
 #include <fourfold/core/place.hpp>
 #include <fourfold/torch/operators.hpp>
 #include <fourfold/torch/saved_tensors.hpp>
@@ -245,7 +247,10 @@ std::shared_ptr<door::Saved> BasicActivationStore<T>::hold(const at::Tensor& ten
     return keep(tensor, tape, /*written=*/false);
   detail::StorageView view(tensor);
   const detail::Extent extent(view);
-  if (Stored found = index_->find(key, version, view.dtype, extent)) {
+  const detail::Tolerance tolerance = detail::tolerance(tape, key);
+  const bool exact = tolerance == detail::Tolerance::kExact;
+  if (Stored found = index_->find(key, version, view.dtype, extent);
+      found != nullptr && (!exact || found->exact())) {
     if (found->kind() != StoredAs::kKept) return as(found, std::move(view));
     if (tape != nullptr && tape->frame() != nullptr)
       static_cast<detail::Kept&>(*found).note_saver(tape->frame()->time);
@@ -266,8 +271,9 @@ std::shared_ptr<door::Saved> BasicActivationStore<T>::hold(const at::Tensor& ten
     totals_->kept.fetch_add(1, std::memory_order_relaxed);
     return std::make_shared<detail::SavedPiece>(tensor, index_->use(tensor.storage()));
   }
+  pack = detail::pack_within(tolerance, pack, options_);
   SavedPlan::Choice choice;
-  if (options_.plan != nullptr && tape != nullptr)
+  if (options_.plan != nullptr && tape != nullptr && !exact)
     choice = detail::ask_plan(*options_.plan, tensor, pack != options_.pack, *tape);
   if (choice.pack != nullptr) pack = choice.pack;
   const Stored stored = choice.keep ? nullptr : encoder_.encode(tensor, extent, pack, tape);
