@@ -29,7 +29,7 @@
 ///     save and the inputs of checkpoints by `pack_sensitive`, the rest by `pack` (tolerance.hpp).
 ///     Float, BFloat16 and Half only; a Double is held as it is, and so is what holds an infinity
 ///     or a NaN, whose neighbours would be lost;
-///  7. written to a file, codes and what else is held (`offload`).
+///  8. written to a file, codes and what else is held (`offload`).
 /// Without `pack` all of it is exact, and gradients are equal to the bit.
 ///
 /// A view comes back with its sizes, strides and dtype. Its offset is counted from the first value
