@@ -2,11 +2,13 @@
 /// Twenty budgets from the least to plain's own peak, on five models: budget/<model>/<share of the
 /// way in percent>. Each is a step (forward and backward) by the budget's plan, once it has settled;
 /// the peak is counted by the allocator, and one above the budget is an error. Beside them
-/// budget/<model>/plain, and for the transformer budget/transformer/blocks: each block recomputed,
-/// its inputs kept.
+/// budget/<model>/plain, and for models of blocks budget/<model>/blocks: each block recomputed, its
+/// inputs kept.
 #include <fourfold/fourfold.hpp>
 #include <fourfold/plan/budget.hpp>
 
+#include "../examples/models/bert.hpp"
+#include "../examples/models/resnet.hpp"
 #include "../examples/models/transformer.hpp"
 
 #include <benchmark/benchmark.h>
@@ -45,42 +47,14 @@ Workload transformer() {
 
 /// BERT-large's layer, a quarter as wide, six of its 24.
 Workload bert() {
-  const auto layer =
-      nn::TransformerEncoderLayerOptions(256, 4).dim_feedforward(1024).dropout(0.1).activation(
-          torch::kGELU);
-  nn::TransformerEncoder model(nn::TransformerEncoderOptions(layer, 6));
+  auto model = models::bert({.width = 256, .heads = 4, .layers = 6});
   const auto x = torch::randn({128, 16, 256});  // (tokens, batch, width)
   return {model.ptr(), [=]() mutable { return model->forward(x).square().mean(); }};
 }
 
-/// ResNet-50's bottleneck: 1x1, 3x3, 1x1, and a shortcut.
-struct BottleneckImpl : nn::Module {
-  BottleneckImpl(int in, int middle, int stride)
-      : body(nn::Conv2d(nn::Conv2dOptions(in, middle, 1).bias(false)), nn::BatchNorm2d(middle),
-             nn::ReLU(nn::ReLUOptions(true)),
-             nn::Conv2d(nn::Conv2dOptions(middle, middle, 3).stride(stride).padding(1).bias(false)),
-             nn::BatchNorm2d(middle), nn::ReLU(nn::ReLUOptions(true)),
-             nn::Conv2d(nn::Conv2dOptions(middle, 4 * middle, 1).bias(false)),
-             nn::BatchNorm2d(4 * middle)),
-        shortcut(nn::Conv2d(nn::Conv2dOptions(in, 4 * middle, 1).stride(stride).bias(false)),
-                 nn::BatchNorm2d(4 * middle)) {
-    register_module("body", body);
-    register_module("shortcut", shortcut);
-  }
-  torch::Tensor forward(const torch::Tensor& x) {
-    return torch::relu_(body->forward(x).add_(shortcut->forward(x)));
-  }
-  nn::Sequential body, shortcut;
-};
-TORCH_MODULE(Bottleneck);
-
 /// ResNet-50's four stages, one block of each, at half its width, on images of 96 x 96.
 Workload resnet() {
-  nn::Sequential model(
-      nn::Conv2d(nn::Conv2dOptions(3, 32, 7).stride(2).padding(3).bias(false)), nn::BatchNorm2d(32),
-      nn::ReLU(nn::ReLUOptions(true)), nn::MaxPool2d(nn::MaxPool2dOptions(3).stride(2).padding(1)),
-      Bottleneck(32, 32, 1), Bottleneck(128, 64, 2), Bottleneck(256, 128, 2),
-      Bottleneck(512, 256, 2), nn::AdaptiveAvgPool2d(1), nn::Flatten(), nn::Linear(1024, 100));
+  auto model = models::resnet({.blocks = {1, 1, 1, 1}, .width = 32, .classes = 100});
   const auto x = torch::randn({16, 3, 96, 96});
   const auto target = torch::randint(100, {16}, torch::kLong);
   return {model.ptr(),
@@ -179,7 +153,7 @@ void declare(const std::string& name, Workload (*make)()) {
         ->Unit(benchmark::kMillisecond);
   };
   add("plain", [=](benchmark::State& state) { run_unplanned<Plain>(state, make); });
-  if (name == "transformer")
+  if (name == "transformer" || name == "bert" || name == "resnet")
     add("blocks", [=](benchmark::State& state) { run_unplanned<Recomputed>(state, make); });
   for (int i = 0; i < kBudgets; ++i)
     add(std::to_string(100 * i / (kBudgets - 1)), [=](benchmark::State& state) {

@@ -1,42 +1,71 @@
 // SPDX-License-Identifier: Apache-2.0
-/// What one training step costs: SimpleTransformer (vocabulary 10000, width 512, 8 heads, 6 layers,
-/// batch 8 x 512 tokens, fp32, AdamW) under each preset, CompressionPipeline<> being the baseline.
-/// train_step/<preset>/linear_cross_entropy: the same with logits for a few rows at a time.
+/// What one training step costs with AdamW under each preset, CompressionPipeline<> being the
+/// baseline, on
+///   train_step/<preset>                       SimpleTransformer: vocabulary 10000, width 512, 8
+///                                             heads, 6 layers, batch 8 x 512 tokens
+///   train_step/<preset>/linear_cross_entropy  the same with logits for a few rows at a time
+///   train_step/<preset>/resnet50              ResNet-50, 8 images of 224 x 224
+///   train_step/<preset>/bert_large            4 of BERT-large's 24 layers, 4 x 256 tokens
 #include <fourfold/fourfold.hpp>
 #include <fourfold/presets_release.hpp>
 
+#include "../examples/models/bert.hpp"
+#include "../examples/models/resnet.hpp"
 #include "../examples/models/transformer.hpp"
 
 #include <benchmark/benchmark.h>
 #include <torch/nn/functional/loss.h>
 #include <torch/utils.h>
 
+#include <functional>
+#include <memory>
 #include <string>
 
 namespace {
 
+struct Workload {
+  std::shared_ptr<torch::nn::Module> module;
+  std::function<torch::Tensor()> loss;
+};
+
+Workload transformer(bool whole_logits) {
+  const models::TransformerOptions options{.vocabulary = 10000, .width = 512};
+  models::Transformer model(options);
+  const auto tokens = torch::randint(options.vocabulary, {8, options.context + 1}, torch::kLong);
+  const auto input = tokens.slice(1, 0, options.context).contiguous();
+  const auto target = tokens.slice(1, 1).contiguous();
+  return {model.ptr(), [=]() mutable {
+            if (!whole_logits) return model->loss(input, target);
+            const auto logits = model(input).flatten(0, 1);
+            return torch::nn::functional::cross_entropy(logits, target.flatten());
+          }};
+}
+Workload resnet50() {
+  auto model = models::resnet();
+  const auto x = torch::randn({8, 3, 224, 224});
+  const auto target = torch::randint(1000, {8}, torch::kLong);
+  return {model.ptr(), [=]() mutable {
+            return torch::nn::functional::cross_entropy(model->forward(x), target);
+          }};
+}
+Workload bert_large() {
+  auto model = models::bert({.layers = 4});
+  const auto x = torch::randn({256, 4, 1024});
+  return {model.ptr(), [=]() mutable { return model->forward(x).square().mean(); }};
+}
+
 template <class Pipeline>
-void train_step(benchmark::State& state, bool whole_logits) {
+void train_step(benchmark::State& state, Workload (*make)()) {
   fourfold::Meter meter;
   fourfold::Meter::release_free_blocks();  // the benchmark before
   fourfold::Meter::restart_resident_peak();
   torch::manual_seed(0);
-  constexpr std::int64_t kBatch = 8;
-  const models::TransformerOptions options{.vocabulary = 10000, .width = 512};
-  models::Transformer model(options);
-  auto pipeline = Pipeline(model);
+  Workload workload = make();
+  auto pipeline = Pipeline(*workload.module);
   auto optimizer = pipeline.optimizer(torch::optim::AdamWOptions(1e-4));
-  const auto tokens =
-      torch::randint(options.vocabulary, {kBatch, options.context + 1}, torch::kLong);
-  const auto input = tokens.slice(1, 0, options.context).contiguous();
-  const auto target = tokens.slice(1, 1).contiguous();
   const auto step = [&] {
     if constexpr (!Pipeline::kReleases) optimizer->zero_grad();
-    auto loss = pipeline.forward([&] {
-      return whole_logits ? torch::nn::functional::cross_entropy(model(input).flatten(0, 1),
-                                                                 target.flatten())
-                          : model->loss(input, target);
-    });
+    const auto loss = pipeline.forward(workload.loss);
     loss.backward();
     if constexpr (!Pipeline::kReleases) optimizer->step();
   };
@@ -60,12 +89,17 @@ void train_step(benchmark::State& state, bool whole_logits) {
 }
 
 template <class Pipeline>
-void declare(const std::string& name) {
-  for (const bool whole_logits : {true, false})
+void declare(const std::string& preset) {
+  const auto add = [&](const std::string& model, Workload (*make)()) {
     benchmark::RegisterBenchmark(
-        (name + (whole_logits ? "" : "/linear_cross_entropy")).c_str(),
-        [=](benchmark::State& state) { train_step<Pipeline>(state, whole_logits); })
+        ("train_step/" + preset + model).c_str(),
+        [=](benchmark::State& state) { train_step<Pipeline>(state, make); })
         ->Unit(benchmark::kMillisecond);
+  };
+  add("", [] { return transformer(/*whole_logits=*/true); });
+  add("/linear_cross_entropy", [] { return transformer(/*whole_logits=*/false); });
+  add("/resnet50", resnet50);
+  add("/bert_large", bert_large);
 }
 
 }  // namespace
@@ -73,14 +107,14 @@ void declare(const std::string& name) {
 int main(int argc, char** argv) {
   benchmark::Initialize(&argc, argv);
   if (benchmark::ReportUnrecognizedArguments(argc, argv)) return 1;
-  declare<fourfold::CompressionPipeline<>>("train_step/none");
-  declare<fourfold::Exact>("train_step/exact");
-  declare<fourfold::Balanced>("train_step/balanced");
-  declare<fourfold::Smallest>("train_step/smallest");
+  declare<fourfold::CompressionPipeline<>>("none");
+  declare<fourfold::Exact>("exact");
+  declare<fourfold::Balanced>("balanced");
+  declare<fourfold::Smallest>("smallest");
   using fourfold::Precision, fourfold::BFloat16;
-  declare<fourfold::CompressionPipeline<Precision<BFloat16>>>("train_step/bf16");
-  declare<fourfold::BalancedRelease>("train_step/balanced_release");
-  declare<fourfold::SmallestRelease>("train_step/smallest_release");
-  declare<fourfold::SmallestRelease24>("train_step/smallest_release24");
+  declare<fourfold::CompressionPipeline<Precision<BFloat16>>>("bf16");
+  declare<fourfold::BalancedRelease>("balanced_release");
+  declare<fourfold::SmallestRelease>("smallest_release");
+  declare<fourfold::SmallestRelease24>("smallest_release24");
   benchmark::RunSpecifiedBenchmarks();
 }
