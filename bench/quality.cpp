@@ -23,7 +23,7 @@ using Json = nlohmann::ordered_json;
 using quality::Setting, quality::Task;
 
 struct Options {
-  std::string data = FOURFOLD_DEFAULT_CORPUS, json;
+  std::string data = FOURFOLD_DEFAULT_CORPUS, json, baseline;
   std::vector<std::string> tasks{"text", "images"}, settings;
   std::int64_t steps = 1000, seeds = 3;
   double learning_rate = 1e-3;
@@ -52,7 +52,7 @@ Run run(const Options& options, Task& task, const Setting& setting, std::int64_t
     result.training = trainer->step(task.next(*model), learning_rate(options, step));
   const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - begin;
   result.seconds_a_step = seconds.count() / static_cast<double>(options.steps);
-  result.validation = task.validation(*model);
+  result.validation = trainer->validation([&] { return task.validation(*model); });
   return result;
 }
 
@@ -95,19 +95,51 @@ std::vector<Setting> chosen(const Options& options) {
   return result;
 }
 
+/// The first setting's runs of a task from a file of --json, if they were as long and as many.
+std::vector<Run> baseline_of(const Options& options, const std::string& task) {
+  std::vector<Run> runs;
+  if (options.baseline.empty()) return runs;
+  std::ifstream in(options.baseline);
+  TORCH_CHECK(in, "--baseline ", options.baseline,
+              " cannot be read; give a file that --json wrote");
+  const Json file = Json::parse(in);
+  TORCH_CHECK(
+      file.at("steps") == options.steps && file.at("learning_rate") == options.learning_rate,
+      "--baseline ", options.baseline, " holds runs of ", file.at("steps").dump(), " steps at ",
+      file.at("learning_rate").dump(), ", and these have ", options.steps, " at ",
+      options.learning_rate, "; give the same --steps and --learning-rate");
+  for (const Json& one : file.at("tasks"))
+    if (one.at("task") == task)
+      for (const Json& seed : one.at("settings").at(0).at("seeds"))
+        runs.push_back({.start = seed.at("first_validation_loss"),
+                        .training = seed.at("training_loss"),
+                        .validation = seed.at("validation_loss"),
+                        .seconds_a_step = seed.at("seconds_a_step")});
+  TORCH_CHECK(runs.size() >= static_cast<std::size_t>(options.seeds), "--baseline ",
+              options.baseline, " holds ", runs.size(), " runs of the task ", task, ", and ",
+              options.seeds, " were asked for; give fewer --seeds, or another file");
+  runs.resize(static_cast<std::size_t>(options.seeds));
+  return runs;
+}
+
 Json measure(const Options& options, const std::string& name, Task& task, bool& all_sane) {
   Json results = Json::array();
-  std::vector<Run> baseline;
+  std::vector<Run> baseline = baseline_of(options, name);
+  const std::size_t known = baseline.size();
   const double frequencies = task.loss_of_frequencies();
   std::printf("\n%s: %ld steps, %ld seeds; loss of frequencies alone %.4f\n", name.c_str(),
               static_cast<long>(options.steps), static_cast<long>(options.seeds), frequencies);
-  std::printf("%-18s %9s %8s %9s %8s %8s  %s\n", "setting", "loss", "to plain", "std error",
+  std::printf("%-20s %9s %8s %9s %8s %8s  %s\n", "setting", "loss", "to plain", "std error",
               "limit", "ms/step", "paired differences in %");
-  for (const Setting& setting : chosen(options)) {
+  const std::vector<Setting> settings = chosen(options);
+  for (const Setting& setting : settings) {
     std::vector<Run> runs;
     double loss = 0, seconds = 0;
     for (std::int64_t seed = 0; seed < options.seeds; ++seed) {
-      runs.push_back(run(options, task, setting, seed));
+      if (known > 0 && &setting == &settings.front())
+        runs.push_back(baseline[static_cast<std::size_t>(seed)]);
+      else
+        runs.push_back(run(options, task, setting, seed));
       loss += runs.back().validation / static_cast<double>(options.seeds);
       seconds += runs.back().seconds_a_step / static_cast<double>(options.seeds);
       if (baseline.size() < runs.size()) baseline.push_back(runs.back());
@@ -120,7 +152,7 @@ Json measure(const Options& options, const std::string& name, Task& task, bool& 
     const Difference to_plain = difference(runs, baseline);
     char limit[16] = "-";
     if (setting.limit) std::snprintf(limit, sizeof limit, "%.2f%%", *setting.limit);
-    std::printf("%-18s %9.4f %+7.3f%% %8.3f%% %8s %8.1f ", setting.name, loss, to_plain.mean,
+    std::printf("%-20s %9.4f %+7.3f%% %8.3f%% %8s %8.1f ", setting.name, loss, to_plain.mean,
                 to_plain.error, limit, seconds * 1e3);
     for (const double one : to_plain.each) std::printf(" %+.3f", one);
     std::printf("\n");
@@ -154,12 +186,13 @@ int quality_main(int argc, char** argv) {
   app.add_option("--learning-rate", options.learning_rate)->check(CLI::PositiveNumber);
   app.add_option("--data", options.data, "a text file, or a folder whose headers are the text");
   app.add_option("--json", options.json, "where to write the figures");
+  app.add_option("--baseline", options.baseline, "a file of --json: the first setting is not run");
   app.add_flag("--sanity", options.sanity, "fail if a run has not learned what any run should");
   app.add_flag("--list", options.list, "name the settings");
   CLI11_PARSE(app, argc, argv);
   if (options.list) {
     for (const Setting& setting : quality::settings())
-      std::printf("%-18s %s\n", setting.name, setting.about);
+      std::printf("%-20s %s\n", setting.name, setting.about);
     return 0;
   }
   bool all_sane = true;

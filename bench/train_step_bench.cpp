@@ -3,6 +3,7 @@
 /// batch 8 x 512 tokens, fp32, AdamW) under each preset, CompressionPipeline<> being the baseline.
 /// train_step/<preset>/linear_cross_entropy: the same with logits for a few rows at a time.
 #include <fourfold/fourfold.hpp>
+#include <fourfold/presets_release.hpp>
 
 #include "../examples/models/transformer.hpp"
 
@@ -30,14 +31,14 @@ void train_step(benchmark::State& state, bool whole_logits) {
   const auto input = tokens.slice(1, 0, options.context).contiguous();
   const auto target = tokens.slice(1, 1).contiguous();
   const auto step = [&] {
-    optimizer->zero_grad();
+    if constexpr (!Pipeline::kReleases) optimizer->zero_grad();
     auto loss = pipeline.forward([&] {
       return whole_logits ? torch::nn::functional::cross_entropy(model(input).flatten(0, 1),
                                                                  target.flatten())
                           : model->loss(input, target);
     });
     loss.backward();
-    optimizer->step();
+    if constexpr (!Pipeline::kReleases) optimizer->step();
   };
   step();  // states exist from here on
   meter.restart_peak();
@@ -52,6 +53,10 @@ void train_step(benchmark::State& state, bool whole_logits) {
   state.counters["weight_bytes"] = bytes(ledger[Place::kWeights].own_peak);
   state.counters["gradient_bytes"] = bytes(ledger[Place::kGradients].own_peak);
   state.counters["optimizer_bytes"] = bytes(ledger[Place::kOptimizer].own_peak);
+  // Of a released gradient but one exists at a time: what the three hold together, as the peak stood.
+  state.counters["weights_gradients_states_at_peak"] =
+      bytes(ledger[Place::kWeights].at_peak + ledger[Place::kGradients].at_peak +
+            ledger[Place::kOptimizer].at_peak);
 }
 
 template <class Pipeline>
@@ -72,5 +77,10 @@ int main(int argc, char** argv) {
   declare<fourfold::Exact>("train_step/exact");
   declare<fourfold::Balanced>("train_step/balanced");
   declare<fourfold::Smallest>("train_step/smallest");
+  using fourfold::Precision, fourfold::BFloat16;
+  declare<fourfold::CompressionPipeline<Precision<BFloat16>>>("train_step/bf16");
+  declare<fourfold::BalancedRelease>("train_step/balanced_release");
+  declare<fourfold::SmallestRelease>("train_step/smallest_release");
+  declare<fourfold::SmallestRelease24>("train_step/smallest_release24");
   benchmark::RunSpecifiedBenchmarks();
 }

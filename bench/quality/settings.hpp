@@ -6,6 +6,7 @@
 #include <fourfold/gradients/quantised.hpp>
 #include <fourfold/gradients/release.hpp>
 #include <fourfold/precision.hpp>
+#include <fourfold/presets_release.hpp>
 
 #include <torch/nn/module.h>
 
@@ -22,6 +23,8 @@ class Trainer {
  public:
   virtual ~Trainer() = default;
   virtual double step(const std::function<torch::Tensor()>& loss, double learning_rate) = 0;
+  /// What `loss` gives, in the precision of training.
+  virtual double validation(const std::function<double()>& loss) { return loss(); }
 };
 
 inline void set_learning_rate(torch::optim::Optimizer& optimizer, double rate) {
@@ -37,11 +40,14 @@ class PipelineTrainer final : public Trainer {
 
   double step(const std::function<torch::Tensor()>& loss, double learning_rate) override {
     set_learning_rate(*optimizer_, learning_rate);
-    optimizer_->zero_grad();
+    if constexpr (!Pipeline::kReleases) optimizer_->zero_grad();
     const torch::Tensor value = pipeline_.forward(loss);
     value.backward();
-    optimizer_->step();
+    if constexpr (!Pipeline::kReleases) optimizer_->step();
     return value.template item<double>();
+  }
+  double validation(const std::function<double()>& loss) override {
+    return pipeline_.forward(loss);
   }
 
  private:
@@ -71,27 +77,6 @@ class ReleasedTrainer final : public Trainer {
   fourfold::GradientRelease<> release_;
 };
 
-/// Weights in bf16, with what `Master` keeps of their rounding; the forward computes in bf16.
-template <class States, class Master>
-class LowWeightsTrainer final : public Trainer {
- public:
-  explicit LowWeightsTrainer(torch::nn::Module& model)
-      : optimizer_((model.to(torch::kBFloat16), model.parameters()), torch::optim::AdamWOptions()) {
-  }
-
-  double step(const std::function<torch::Tensor()>& loss, double learning_rate) override {
-    set_learning_rate(optimizer_, learning_rate);
-    optimizer_.zero_grad();
-    const torch::Tensor value = loss();
-    value.backward();
-    optimizer_.step();
-    return value.template item<double>();
-  }
-
- private:
-  fourfold::optim::AdamWOf<States, Master> optimizer_;
-};
-
 template <class T>
 std::unique_ptr<Trainer> make(torch::nn::Module& model) {
   return std::make_unique<T>(model);
@@ -116,6 +101,11 @@ struct Setting {
 template <class... Policies>
 using Training = PipelineTrainer<fourfold::CompressionPipeline<Policies...>>;
 
+/// Weights of matrix products in bf16, and what `Master` keeps of their rounding.
+template <class States, class Master>
+using LowWeights = Training<fourfold::Precision<fourfold::BFloat16, fourfold::ProductWeights>,
+                            fourfold::OptimizerStates<States, Master>>;
+
 inline std::span<const Setting> settings() {
   using namespace fourfold;
   static const Setting all[] = {
@@ -127,19 +117,25 @@ inline std::span<const Setting> settings() {
       {"master32",
        "bf16 weights with fp32 masters, fp32 moments: what bf16 alone costs",
        {},
-       make<LowWeightsTrainer<optim::Fp32, optim::Fp32>>},
+       make<LowWeights<optim::Fp32, optim::Fp32>>},
       {"master24", "bf16 weights and 8 bits of error, fp32 moments", 0.05,
-       make<LowWeightsTrainer<optim::Fp32, optim::ErrorCorrection<8>>>},
+       make<LowWeights<optim::Fp32, optim::ErrorCorrection<8>>>},
       {"master24_adamw4",
        "bf16 weights and 8 bits of error, 4-bit moments",
        {},
-       make<LowWeightsTrainer<Int4, optim::ErrorCorrection<8>>>},
+       make<LowWeights<Int4, optim::ErrorCorrection<8>>>},
       {"stochastic",
        "bf16 weights rounded stochastically, 8-bit moments",
        {},
-       make<LowWeightsTrainer<Int8, optim::RoundStochastic>>},
+       make<LowWeights<Int8, optim::RoundStochastic>>},
       {"balanced", "the preset Balanced", 0.5, make<PipelineTrainer<Balanced>>},
       {"smallest", "the preset Smallest", 0.5, make<PipelineTrainer<Smallest>>},
+      {"balanced_release", "the preset BalancedRelease", 0.5,
+       make<PipelineTrainer<BalancedRelease>>},
+      {"smallest_release", "the preset SmallestRelease", 0.5,
+       make<PipelineTrainer<SmallestRelease>>},
+      {"smallest_release24", "the preset SmallestRelease24", 0.5,
+       make<PipelineTrainer<SmallestRelease24>>},
       {"bf16", "forward in bf16, by autocast", {}, make<Training<Precision<BFloat16>>>},
       {"bf16_adamw8",
        "forward in bf16, 8-bit moments",

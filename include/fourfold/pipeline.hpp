@@ -21,6 +21,7 @@
 ///   OptimizerStates<Codec>    optim/optimizer_states.hpp   AdamW's moments packed
 /// and, by includes of their own,
 ///   Budget<>                  plan/budget.hpp              which of it is done, within a budget
+///   Offload<>                 activations/offload.hpp      what else is saved, in a file
 ///   Precision<BFloat16>       precision.hpp                forward under autocast
 ///   Gradients<Codec>          gradients/quantised.hpp      gradients passed through few bits
 ///   Release                   gradients/release.hpp        parameters step in backward
@@ -92,6 +93,9 @@ struct BasicPipelineState {
   std::int64_t blocks_met = 0;
   bool left = false;  ///< a scope was left, so blocks_met tells something
   std::int64_t scopes = 0;
+  std::int64_t without_gradients = 0;  ///< scopes that were entered where nothing is saved
+  std::int64_t elsewhere_before = door::tensors_saved_outside_scopes();
+  bool optimizer_made = false;
   std::shared_ptr<void> gradients;                 ///< what a policy does to them
   std::shared_ptr<void> (*precision)() = nullptr;  ///< entered with each scope
 };
@@ -109,6 +113,7 @@ class [[nodiscard]] BasicPipelineScope {
     if (state_->block_every > 0) blocks_.emplace(state_->block_every);
     if (state_->precision != nullptr) precision_ = state_->precision();
     ++state_->scopes;
+    if (!at::GradMode::is_enabled()) ++state_->without_gradients;
   }
   ~BasicPipelineScope() {
     if (blocks_) state_->blocks_met += blocks_->met();
@@ -139,6 +144,9 @@ class CompressionPipeline {
   static constexpr bool kHas = !std::is_void_v<PolicyOf<R>>;
 
  public:
+  /// Whether backward is the step (the policy Release): then leave step() and zero_grad() out.
+  static constexpr bool kReleases = kHas<Role::kRelease>;
+
   /// Weights, if a policy covers them, are compressed here, in place.
   template <ModuleLike M>
   explicit CompressionPipeline(M&& model) {
@@ -172,6 +180,7 @@ class CompressionPipeline {
   /// AdamW over parameters(), its states as the policy says; torch::optim::AdamW without one.
   [[nodiscard]] std::shared_ptr<::torch::optim::Optimizer> optimizer(
       ::torch::optim::AdamWOptions options = {}) const {
+    state_->optimizer_made = true;
     if constexpr (kHas<Role::kOptimizerStates>)
       return released(std::make_shared<typename PolicyOf<Role::kOptimizerStates>::Optimizer>(
           parameters(), options));
@@ -202,6 +211,11 @@ class CompressionPipeline {
       if (state_->trainable.empty()) note << "; all are frozen";
       ledger.notes.push_back(note.str());
     }
+    if (!state_->optimizer_made && ledger[Place::kGradients].own_peak > 0 &&
+        ledger[Place::kOptimizer].now == 0)
+      ledger.notes.push_back(
+          "optimizer: what LibTorch's own optimizers hold is counted under \"other\"; take "
+          "pipeline.optimizer(), or one of fourfold::optim, to see it apart");
     if (const std::string why = explain(); !why.empty()) ledger.notes.push_back(why);
     return ledger;
   }
@@ -217,25 +231,28 @@ class CompressionPipeline {
 
   /// Why nothing was saved, or no block was recomputed, if so; else empty.
   [[nodiscard]] std::string explain() const {
-    if constexpr (!kHas<Role::kActivations> && !kHas<Role::kRecompute> && !kHas<Role::kBlocks>)
+    if constexpr (!kHas<Role::kActivations> && !kHas<Role::kRecompute> && !kHas<Role::kBlocks> &&
+                  !kHas<Role::kOffload>)
       return {};  // nothing here is a scope's work
     if (state_->scopes == 0)
       return "no forward ran inside the pipeline's scope: call pipeline.forward([&] { ... }), or "
-             "hold "
-             "pipeline.scope() while the model runs";
+             "hold pipeline.scope() while the model runs";
     if (state_->store->counts().tensors() > 0) {
       if (state_->block_every == 0 || state_->blocks_met > 0 || !state_->left) return {};
       return "Blocks<>: no block ran, so none is recomputed: name them by fourfold::block(layer, "
-             "x) in "
-             "the model's forward, or put them in a torch::nn::Sequential";
+             "x) in the model's forward, or put them in a torch::nn::Sequential";
     }
-    const std::int64_t elsewhere = door::tensors_saved_outside_scopes();
-    std::string why =
-        "no tensor passed: forward ran outside the scope, on another thread, or without "
-        "gradients";
+    const std::int64_t elsewhere = door::tensors_saved_outside_scopes() - state_->elsewhere_before;
     if (elsewhere > 0)
-      why += " (" + std::to_string(elsewhere) + " tensors were saved on threads without a scope)";
-    return why;
+      return "no tensor passed: " + std::to_string(elsewhere) +
+             " tensors were saved on threads without a scope: hold pipeline.scope() on the thread "
+             "that runs the model, while it runs";
+    if (state_->without_gradients == state_->scopes)
+      return "no tensor passed: gradients were disabled (NoGradGuard, InferenceMode) whenever a "
+             "scope was entered, and then there is nothing to save";
+    if (state_->trainable.empty())
+      return "no tensor passed: no parameter requires gradients, and then there is nothing to save";
+    return "no tensor passed: the model did not run inside the scope";
   }
 
  private:
@@ -260,6 +277,7 @@ class CompressionPipeline {
       if (plan != nullptr)
         options.plan = PolicyOf<Role::kBudget>::template make<PolicyOf<Role::kActivations>>(
             *plan, kHas<Role::kWeights> ? NamedTensors{} : parameters_of(model, "Budget"));
+    if constexpr (kHas<Role::kOffload>) options.offload = PolicyOf<Role::kOffload>::make();
     if constexpr (kHas<Role::kBlocks>) {  // first: it undoes itself, and packing rounds
       state_->block_every = PolicyOf<Role::kBlocks>::every;
       state_->wrapped_blocks = wrap_sequential_blocks(module);
@@ -272,6 +290,11 @@ class CompressionPipeline {
     TORCH_CHECK(!state_->parameters.empty(),
                 "CompressionPipeline: the module has no parameters, so there is nothing to train; "
                 "hand over the module that holds them, after they are registered");
+    if constexpr (kHas<Role::kPrecision>) {
+      using Chosen = PolicyOf<Role::kPrecision>;
+      state_->precision = Chosen::on(state_->parameters.front().second.device().type());
+      Chosen::convert(module);
+    }
     for (const auto& [name, parameter] : state_->parameters)
       if (parameter.requires_grad()) state_->trainable.push_back(parameter);
     for (const at::Tensor& factor : factors(model)) state_->trainable.push_back(factor);
@@ -285,10 +308,6 @@ class CompressionPipeline {
     state_->gradient_tags = door::retag_gradients(state_->trainable);
     if constexpr (kHas<Role::kGradients>)
       state_->gradients = PolicyOf<Role::kGradients>::attach(state_->trainable);
-    if constexpr (kHas<Role::kPrecision>) {
-      const at::Device device = state_->parameters.front().second.device();
-      state_->precision = PolicyOf<Role::kPrecision>::on(device.type());
-    }
 
     if (std::any_of(state_->parameters.begin(), state_->parameters.end(),
                     [](const auto& one) { return door::is_packed(one.second); }))

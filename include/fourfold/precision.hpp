@@ -11,6 +11,7 @@
 ///   using Mine = CompressionPipeline<Precision<BFloat16>, OptimizerStates<Int8>>;   // in its scopes
 ///
 /// With fp16 take a GradScaler too: gradients/grad_scaler.hpp.
+#include <ATen/core/Tensor.h>
 #include <c10/core/DeviceType.h>
 #include <c10/core/ScalarType.h>
 #include <c10/util/BFloat16.h>
@@ -18,11 +19,17 @@
 #include <c10/util/Half.h>
 #include <fourfold/core/policy.hpp>
 #include <fourfold/torch/autocast.hpp>
+#include <fourfold/torch/parameters_tensor.hpp>  // is_packed
 
+#include <torch/nn/module.h>
+#include <torch/nn/modules/embedding.h>
 #include <algorithm>
 #include <memory>
+#include <string>
 #include <thread>
 #include <type_traits>
+#include <utility>
+#include <vector>
 
 namespace fourfold::inline v0 {
 
@@ -82,12 +89,26 @@ class [[nodiscard]] AutocastGuard {
   bool other_dtype_ = false;
 };
 
-/// A pipeline's scopes compute in T, BFloat16 or Half, where autocast does; weights, gradients and
-/// the optimizer stay in the types they have.
-template <class T>
+/// Which weights Precision<T, ...> holds in T, where all computing in bf16 reads them: those of
+/// modules that have a matrix (Linear, Conv2d, LSTM, MultiheadAttention: biases too), not of norms.
+struct NoWeights {};  ///< none: autocast casts each, and keeps the cast for backward
+struct ProductWeights {
+};  ///< all but embeddings, so that what embeddings begin (residual sums) is fp32
+struct AllWeights {};  ///< embeddings too
+
+/// A pipeline's scopes compute in T, BFloat16 or Half, where autocast does. `Held` are converted to T
+/// in place and for good when the pipeline is made, and their gradients come in T: give
+/// OptimizerStates something to keep of what T rounds away (optim/master_codec.hpp; with
+/// ErrorCorrection<16> weights are fp32 in two halves, and no cast of them exists). The model then
+/// runs in a scope, or under an AutocastGuard, alone: evaluate it there too.
+/// Error, nothing changed: such a parameter has a gradient, which would be of another type.
+template <class T, class Held = NoWeights>
 struct Precision {
   static_assert(std::is_same_v<T, BFloat16> || std::is_same_v<T, Half>,
                 "Precision<> takes the type to compute in: BFloat16 or Half");
+  static_assert(std::is_same_v<Held, NoWeights> || std::is_same_v<Held, ProductWeights> ||
+                    std::is_same_v<Held, AllWeights>,
+                "Precision<T, Held> holds NoWeights, ProductWeights or AllWeights in T");
   static constexpr Role role = Role::kPrecision;
   static constexpr c10::ScalarType kType = std::is_same_v<T, Half> ? at::kHalf : at::kBFloat16;
 
@@ -99,12 +120,49 @@ struct Precision {
                 "; hold a fourfold::AutocastGuard for that device type yourself");
   }
 
+  /// Converts what `model` holds in T.
+  static void convert(torch::nn::Module& model) {
+    if constexpr (std::is_same_v<Held, NoWeights>) return;
+    std::vector<std::pair<std::string, at::Tensor>> chosen;
+    std::vector<at::Tensor> kept;  // a weight tied to an embedding's is the embedding's
+    choose(model, "", chosen, kept);
+    std::erase_if(chosen, [&](const auto& one) {
+      return std::any_of(kept.begin(), kept.end(),
+                         [&](const at::Tensor& p) { return p.is_same(one.second); });
+    });
+    for (const auto& [name, p] : chosen)
+      TORCH_CHECK(!p.grad().defined(), "Precision<> holds weights in ", kType, ", but '", name,
+                  "' has a gradient of ", p.scalar_type(),
+                  " already; make the pipeline before the first backward, or call zero_grad()");
+    for (auto& [name, p] : chosen) p.set_data(p.detach().to(kType));
+  }
+
  private:
+  static void choose(const torch::nn::Module& module, const std::string& prefix,
+                     std::vector<std::pair<std::string, at::Tensor>>& chosen,
+                     std::vector<at::Tensor>& kept) {
+    const bool embeds = dynamic_cast<const torch::nn::EmbeddingImpl*>(&module) != nullptr ||
+                        dynamic_cast<const torch::nn::EmbeddingBagImpl*>(&module) != nullptr;
+    const auto own = module.named_parameters(/*recurse=*/false);
+    const bool multiplies = std::any_of(own.begin(), own.end(), [](const auto& one) {
+      return one.value().defined() && one.value().dim() >= 2;
+    });
+    for (const auto& one : own) {
+      const at::Tensor& p = one.value();
+      if (!p.defined() || door::is_packed(p)) continue;
+      if (embeds && !std::is_same_v<Held, AllWeights>) kept.push_back(p);
+      if (multiplies && (p.scalar_type() == at::kFloat || p.scalar_type() == at::kDouble))
+        chosen.emplace_back(prefix + one.key(), p);
+    }
+    for (const auto& child : module.named_children())
+      choose(*child.value(), prefix + child.key() + ".", chosen, kept);
+  }
   template <c10::DeviceType Device>
   static std::shared_ptr<void> enter() {
     return std::make_shared<AutocastGuard>(Device, kType);
   }
 };
-static_assert(Policy<Precision<BFloat16>>, "Precision must stay a Policy");
+static_assert(Policy<Precision<BFloat16>> && Policy<Precision<BFloat16, AllWeights>>,
+              "Precision must stay a Policy");
 
 }  // namespace fourfold::inline v0

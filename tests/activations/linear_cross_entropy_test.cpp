@@ -320,8 +320,13 @@ TEST(LinearCrossEntropy, SaysWhatItWants) {
   };
   EXPECT_THAT(words({}, p.weight, p.target), HasSubstr("an undefined tensor"));
   EXPECT_THAT(words(p.hidden, p.weight.t(), p.target), HasSubstr("as nn::Linear has them"));
-  EXPECT_THAT(words(p.hidden, p.weight, p.target.view({-1})), HasSubstr("of sizes [33]"));
-  EXPECT_THAT(words(p.hidden, p.weight, torch::rand({3, 11, 37})), HasSubstr("fourfold::chunked"));
+  EXPECT_THAT(words(p.hidden, p.weight, p.target.view({-1})),
+              HasSubstr("target has sizes [33] and hidden [3, 11, 16]; give one class for each of "
+                        "hidden's rows, [3, 11]"));
+  EXPECT_THAT(
+      words(p.hidden, p.weight, torch::rand({3, 11, 37})),
+      HasSubstr("target is Float, and classes are Long: convert it by to(torch::kLong), or, "
+                "where it holds probabilities of classes, use fourfold::chunked"));
   EXPECT_THAT(words(p.hidden, p.weight, p.target, {.bias = torch::ones(3)}),
               HasSubstr("bias has sizes [3], and there are 37 classes"));
   EXPECT_THAT(words(p.hidden, p.weight, p.target, {.loss = Loss().weight(torch::ones(3))}),

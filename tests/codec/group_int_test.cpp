@@ -323,7 +323,8 @@ TEST(GroupInt, RefusesByAMessage) {
   x[8][3] = kNan, x[20][0] = kInfinity;
   EXPECT_THAT(error_of([&] { (void)Int8{}.compress(x); }),
               HasSubstr("Int8: value 203 of 1000 is nan, and rounding to nearest takes finite fp32 "
-                        "numbers only; look for its origin, or use compress(values, key)"));
+                        "numbers only; look for its origin (stochastic rounding, "
+                        "compress(values, key), carries it through"));
   EXPECT_THAT(error_of([&] { (void)Int8{}.compress(x.to(torch::kHalf)); }),
               HasSubstr("value 203 of"));
   EXPECT_THAT(error_of([&] { (void)Int4{}.compress(torch::full({3}, 1e39, torch::kDouble)); }),

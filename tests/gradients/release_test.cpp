@@ -5,6 +5,7 @@
 #include <gtest/gtest.h>
 #include <torch/torch.h>
 #include <fourfold/fourfold.hpp>
+#include <fourfold/optim/lion.hpp>
 #include <fourfold/optim/schedulers.hpp>
 #include "tests/support/message_of.hpp"
 
@@ -555,6 +556,67 @@ TEST(GradientRelease, SumsInCodesStepWithTheLastMicroBatch) {
   EXPECT_EQ(release.steps(), 1);
 }
 
+/// AdamA's algorithm 1, in double: m takes up the sum of a step's gradients, v that of their squares.
+/// `b` is reached by the first micro-batch of each step alone. 3 eps of each of 2 * 3 updates.
+TEST(GradientRelease, MomentsTakeUpMicroBatchesWithoutABuffer) {
+  torch::manual_seed(0);
+  const auto a = torch::randn({100, 50}).requires_grad_(), b = torch::randn({100, 50});
+  b.requires_grad_();
+  AdamW<Fp32> optimizer({a, b}, AdamWOptions(1e-2).weight_decay(0.1));
+  GradientRelease<> release(
+      optimizer, {.micro_batches = 3, .accumulate = fourfold::AccumulateGradients::kMoments});
+  struct Reference {
+    explicit Reference(const torch::Tensor& start)
+        : p(start.detach().to(torch::kDouble)), m(torch::zeros_like(p)), v(torch::zeros_like(p)) {}
+    void begin() { m.mul_(0.9), v.mul_(0.999); }
+    void take(const torch::Tensor& g) { m.add_(0.1 * g), v.add_(0.001 * g.square()); }
+    void end(int step) {
+      const auto root = (v / (1 - std::pow(0.999, step))).sqrt();
+      p.mul_(1 - 1e-2 * 0.1).sub_(1e-2 * (m / (1 - std::pow(0.9, step))) / (root + 1e-8));
+    }
+    torch::Tensor p, m, v;
+  } of_a(a), of_b(b);
+  for (int step = 1; step <= 2; ++step) {
+    of_a.begin(), of_b.begin();
+    for (int micro = 0; micro < 3; ++micro) {
+      const auto x = torch::randn({100, 50}), y = torch::randn({100, 50});
+      const auto before = a.detach().clone();
+      auto loss = (a * x).sum();
+      if (micro == 0) loss = loss + (b * y).sum(), of_b.take(y.to(torch::kDouble));
+      loss.backward();
+      of_a.take(x.to(torch::kDouble));
+      EXPECT_FALSE(a.grad().defined());
+      EXPECT_EQ(a.equal(before), micro < 2);
+      EXPECT_EQ(release.buffer_bytes(), 0);
+    }
+    of_a.end(step), of_b.end(step);
+    for (const auto& [p, expected] : {std::pair{a, of_a.p}, {b, of_b.p}})
+      EXPECT_LT((p.detach().to(torch::kDouble) - expected).abs().max().item<double>(),
+                18 * 0x1p-24 * expected.abs().max().item<double>());
+  }
+  EXPECT_EQ(release.steps(), 2);
+}
+/// One gradient a step is a step, in every code and whatever the rounding.
+TEST(GradientRelease, OneMicroBatchInMomentsIsAStep) {
+  const auto plain = net(), released = net();
+  AdamW<Int8> a(plain->parameters(), AdamWOptions(1e-2)), b(released->parameters(), 1e-2);
+  GradientRelease<> release(b, {.accumulate = fourfold::AccumulateGradients::kMoments});
+  for (int step = 0; step < 3; ++step) {
+    a.zero_grad(), plain->loss(step).backward(), a.step();
+    released->loss(step).backward();
+  }
+  expect_equal(plain, released);
+}
+TEST(GradientRelease, RulesThatCannotFoldAreNamed) {
+  const auto p = torch::ones({3}).requires_grad_();
+  fourfold::optim::LionOf<Fp32> lion({p});
+  GradientRelease<> release(
+      lion, {.micro_batches = 2, .accumulate = fourfold::AccumulateGradients::kMoments});
+  EXPECT_THAT(message_of([&] { p.sum().backward(); }),
+              HasSubstr("Lion cannot take up a step's gradients one by one, which AdamW can"));
+  EXPECT_TRUE(p.equal(torch::ones({3})));
+}
+
 TEST(GradientRelease, BadOptionsAreNamed) {
   const auto weight = torch::ones({3}).requires_grad_();
   AdamW<Fp32> optimizer({weight});
@@ -571,6 +633,9 @@ TEST(GradientRelease, BadOptionsAreNamed) {
       words({.scaler = &scaler}),
       HasSubstr("known before the first parameter steps after two passes alone; set clip to "
                 "ClipGradients::kGlobalNorm (max_norm may be infinite)"));
+  EXPECT_THAT(words({.clip = ClipGradients::kLastNorm,
+                     .accumulate = fourfold::AccumulateGradients::kMoments}),
+              HasSubstr("takes up each gradient before the others are known"));
   optimizer.step();  // refused, it is not released
 }
 

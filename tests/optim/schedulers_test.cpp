@@ -1,5 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
+#include <fourfold/optim/adafactor.hpp>
 #include <fourfold/optim/adamw.hpp>
+#include <fourfold/optim/lion.hpp>
+#include <fourfold/optim/scale.hpp>
 #include <fourfold/optim/schedulers.hpp>
 
 #include <gmock/gmock.h>
@@ -506,6 +509,27 @@ TEST(Schedulers, AFileThatCyclesMomentumIsForAnOptimizerThatHasOne) {
   EXPECT_THAT(message([&] { load(to, saved(from)); }),
               HasSubstr("a group's options have neither betas nor momentum that it knows"));
   EXPECT_FALSE(to.options().cycle_momentum);
+}
+
+template <class Optimizer, class Options>
+double momentum_at_the_top(const Options& options) {
+  Optimizer optimizer(groups(options), options);
+  OneCycleLR schedule(optimizer, {.max_lr = 0.1, .total_steps = 10, .base_momentum = 0.8});
+  double least = 1;
+  for (int i = 0; i < 9; ++i, optimizer.step(), schedule.step())
+    least = std::min(least, momentum_of(optimizer.param_groups()[0].options()));
+  return least;
+}
+TEST(OneCycle, CyclesTheMomentumOfOurOptions) {
+  EXPECT_NEAR((momentum_at_the_top<LionOf<Fp32>>(LionOptions())), 0.8, 0.02);
+  EXPECT_NEAR((momentum_at_the_top<ScaleOf<Fp32>>(ScaleOptions())), 0.8, 0.02);  // betas of vectors
+  EXPECT_NEAR((momentum_at_the_top<ScaleOf<Fp32>>(ScaleOptions().momentum(0.9))), 0.8, 0.02);
+  EXPECT_NEAR((momentum_at_the_top<AdamWOf<Fp32>>(torch::optim::AdamWOptions())), 0.8, 0.02);
+}
+TEST(OneCycle, OptionsWithoutMomentumAreNamed) {
+  Adafactor<> optimizer(groups(AdafactorOptions()), AdafactorOptions());
+  EXPECT_THAT(message([&] { OneCycleLR(optimizer, {.max_lr = 0.1, .total_steps = 10}); }),
+              HasSubstr("neither betas nor momentum that it knows; give set_momentum"));
 }
 
 }  // namespace

@@ -151,9 +151,11 @@ TEST_F(StateCodes4, DirectionsErrLittle) {
   EXPECT_LE((direction_error<BFloat16, BFloat16>()), 1e-5);
 }
 
-/// As AdamW.SecondMomentsFollowShrinkingGradients, for other codes. Neighbours in Log4 differ by 1.22
-/// in their roots, and an EMA's memory of 1000 steps holds a few jumps between them: it follows, with
-/// noise.
+/// Half of the coordinates' gradients shrink to 0.3 at step 1000: 2000 steps later nearest rounding
+/// has left second moments where they were (a step changes one by 0.1 %, less than half a code), but
+/// for the decay of their group's scale; stochastic rounding follows. 0.09 in the study that set the
+/// goal. Neighbours in Log4 differ by 1.22 in their roots, and an EMA's memory of 1000 steps holds a
+/// few jumps between them: it follows, with noise.
 template <class C>
 double error_after_shrinking(bool stochastic) {
   const auto generator = at::make_generator<at::CPUGeneratorImpl>(1);
@@ -177,6 +179,7 @@ double error_after_shrinking(bool stochastic) {
 }
 TEST_F(StateCodes4, SecondMomentsFollowShrinkingGradients) {
   EXPECT_LE((error_after_shrinking<Companded<8, Sqrt>>(true)), 0.1);
+  EXPECT_GE((error_after_shrinking<Companded<8, Sqrt>>(false)), 0.3);
   EXPECT_LE(error_after_shrinking<BFloat16>(true), 0.1);
   EXPECT_GE(error_after_shrinking<BFloat16>(false), 0.3) << "then it needs no random numbers";
   EXPECT_LE(error_after_shrinking<Log4>(true), 0.7 * error_after_shrinking<Log4>(false));

@@ -213,10 +213,47 @@ TEST(Pipeline, ExplainsWhyNothingWasSaved) {
     const auto scope = pipeline.scope();
     std::thread([&] { layer->forward(x).sum().backward(); }).join();
   }
-  EXPECT_THAT(pipeline.explain(), HasSubstr("no tensor passed"));
-  EXPECT_THAT(pipeline.explain(), HasSubstr("tensors were saved on threads without a scope"));
+  EXPECT_THAT(pipeline.explain(),
+              AllOf(HasSubstr("no tensor passed: "),
+                    HasSubstr("tensors were saved on threads without a scope: hold ")));
   pipeline.forward([&] { return layer->forward(x); });
   EXPECT_EQ(pipeline.explain(), "");
+}
+
+TEST(Pipeline, ExplainsWhichCauseItWas) {
+  const auto why = [](bool frozen, bool disabled) {
+    torch::nn::Linear layer(64, 64);
+    if (frozen)
+      for (auto& parameter : layer->parameters()) parameter.requires_grad_(false);
+    Balanced pipeline(layer);
+    const at::AutoGradMode mode(!disabled);
+    pipeline.forward([&] {
+      return disabled || frozen ? layer->forward(torch::ones({64, 64})) : at::Tensor();
+    });
+    return pipeline.explain();
+  };
+  EXPECT_THAT(why(false, true), HasSubstr("gradients were disabled"));
+  EXPECT_THAT(why(true, false), HasSubstr("no parameter requires gradients"));
+  EXPECT_THAT(why(false, false), HasSubstr("the model did not run inside the scope"));
+}
+
+TEST(Pipeline, SaysWhereAnotherOptimizersStatesAreCounted) {
+  const auto notes_with = [](auto&& optimizer_of) {
+    torch::nn::Linear layer(64, 64);
+    Balanced pipeline(layer);
+    const auto optimizer = optimizer_of(pipeline, layer);
+    pipeline.forward([&] { return layer->forward(torch::ones({64, 64})).sum(); }).backward();
+    optimizer->step();
+    return pipeline.report().notes;
+  };
+  EXPECT_THAT(
+      notes_with([](auto&, auto& layer) {
+        return std::make_shared<torch::optim::AdamW>(layer->parameters());
+      }),
+      testing::ElementsAre(HasSubstr("optimizer: what LibTorch's own optimizers hold is "
+                                     "counted under \"other\"; take pipeline.optimizer()")));
+  EXPECT_THAT(notes_with([](auto& pipeline, auto&) { return pipeline.optimizer(); }),
+              testing::IsEmpty());
 }
 
 TEST(Pipeline, AScopeIsEnteredOnce) {

@@ -213,4 +213,68 @@ TEST(ExponentialMovingAverage, MistakesAreNamed) {
   EXPECT_THAT(message_of([&] { (void)average.averages(); }), HasSubstr("averages() was called"));
 }
 
+template <class C>
+class SavedAverages : public testing::Test {};
+using Kinds = testing::Types<OnDevice, OnHost, Int8, Int4>;
+TYPED_TEST_SUITE(SavedAverages, Kinds);
+
+/// Saved in the middle and loaded into a new one, it goes on bit for bit.
+TYPED_TEST(SavedAverages, GoOnAsIfNothingHadHappened) {
+  torch::manual_seed(3);
+  torch::nn::Linear model(96, 64);
+  const auto move = [&] { assign(model->weight, torch::randn_like(model->weight)); };
+  const fourfold::ExponentialMovingAverageOptions options{.decay = 0.9, .every = 2};
+  ExponentialMovingAverage<TypeParam> average(model, options);
+  for (int i = 0; i < 5; ++i) move(), average.update();
+  std::stringstream file;
+  torch::serialize::OutputArchive out;
+  average.save(out);
+  out.save_to(file);
+  torch::manual_seed(4);  // another seed of its own, which the file's replaces
+  ExponentialMovingAverage<TypeParam> again(model, options);
+  torch::serialize::InputArchive in;
+  in.load_from(file);
+  again.load(in);
+  EXPECT_EQ(again.n_averaged(), average.n_averaged());
+  EXPECT_EQ(again.nbytes(), average.nbytes());
+  for (int i = 0; i < 5; ++i) move(), average.update(), again.update();
+  for (std::size_t i = 0; i < 2; ++i)
+    EXPECT_TRUE(again.averages()[i].second.equal(average.averages()[i].second));
+}
+TEST(SavedAveragesErrors, WhatDoesNotFitIsNamedAndChangesNothing) {
+  torch::nn::Linear model(96, 64), other(96, 48);
+  ExponentialMovingAverage<Int8> average(model), smaller(other);
+  ExponentialMovingAverage<Int4> coarser(model);
+  ExponentialMovingAverage<Int8> plain(model, {.min_packed_elements = 1 << 20});
+  torch::serialize::OutputArchive none;
+  EXPECT_THAT(message_of([&] { average.save(none); }),
+              HasSubstr("save() was called before the first"));
+  average.update(), smaller.update();
+  const auto into = [](auto& from, auto& to) {
+    std::stringstream file;
+    torch::serialize::OutputArchive out;
+    from.save(out);
+    out.save_to(file);
+    torch::serialize::InputArchive in;
+    in.load_from(file);
+    return message_of([&] { to.load(in); });
+  };
+  const auto before = smaller.averages()[0].second;
+  EXPECT_THAT(into(average, smaller), HasSubstr("it is damaged, or of another model"));
+  EXPECT_TRUE(smaller.averages()[0].second.equal(before));
+  EXPECT_THAT(into(average, coarser),
+              HasSubstr("; load it into an ExponentialMovingAverage<" + Int8::name() + ">"));
+  EXPECT_THAT(into(average, plain), HasSubstr("make it with the min_packed_elements that it was"));
+  torch::nn::Sequential nested{torch::nn::Linear(96, 64)};
+  ExponentialMovingAverage<Int8> named(nested);
+  EXPECT_THAT(into(average, named), HasSubstr("has 'weight' where this model has '0.weight'"));
+  torch::serialize::OutputArchive empty;
+  std::stringstream file;
+  empty.save_to(file);
+  torch::serialize::InputArchive in;
+  in.load_from(file);
+  EXPECT_THAT(message_of([&] { average.load(in); }),
+              HasSubstr("the archive does not hold an ExponentialMovingAverage"));
+}
+
 }  // namespace

@@ -7,6 +7,7 @@
 #include <ATen/ops/isfinite.h>
 #include <ATen/ops/ne.h>
 #include <fourfold/activations/activation_options.hpp>
+#include <fourfold/activations/exact_codes.hpp>
 #include <fourfold/activations/rebuild.hpp>
 #include <fourfold/activations/saved_views.hpp>
 #include <fourfold/activations/stored.hpp>
@@ -29,30 +30,51 @@ class BasicEncoder {
   /// The optimizer's steps so far: part of the noise's key.
   void set_step(std::uint64_t step) { step_.store(step, std::memory_order_relaxed); }
 
-  /// The first that is open: bits, computed again, packed by `pack`; null: exact ways alone are.
-  /// `tape` may be null.
-  std::shared_ptr<Stored> encode(const at::Tensor& tensor, const Extent& extent, PackFunction pack,
-                                 Tape* tape) {
+  /// Whether it is held as it is, whatever else is open: of no dtype for it, a constant that somebody
+  /// holds, statistics, or named by `keep`. `attached`: the same tensor in the graph.
+  [[nodiscard]] bool stays(const at::Tensor& tensor, const at::Tensor& attached,
+                           const Tape* tape) const {
+    const at::ScalarType dtype = tensor.scalar_type();
+    const bool bits = dtype == at::kBool && tensor.is_cpu();
+    const bool integers = dtype == at::kLong || dtype == at::kInt;
+    if (!at::isFloatingType(dtype) && !bits && !integers) return true;
+    if (options_.keep && options_.keep(tensor)) return true;
     c10::StorageImpl* const key = tensor.storage().unsafeGetStorageImpl();
     const Tape::Origin* origin = tape ? tape->origin(key) : nullptr;
-    if (tensor.scalar_type() == at::kBool) return mask(tensor, extent);
-    if (origin != nullptr && origin->two_values)
-      if (std::shared_ptr<Stored> stored = mask(tensor, extent)) return stored;
-    if (origin != nullptr && origin->call != nullptr)
-      if (std::shared_ptr<Stored> stored =
-              rebuild(*tape, *origin, tensor._version(), options_.recompute_depth))
-        if (pack != nullptr || stored->exact()) return stored;
-    const at::ScalarType dtype = tensor.scalar_type();
-    if (dtype != at::kFloat && dtype != at::kBFloat16 && dtype != at::kHalf) return nullptr;
     const Tape::Frame* frame = tape ? tape->frame() : nullptr;
     const bool result = frame != nullptr && frame->argument(key) == nullptr;
-    const bool reads_sign =
-        frame != nullptr && (frame->traits->reads_nonzero || frame->traits->reads_positive);
-    // Without a codec only where the values themselves, a relu's result, can be computed again.
-    if (reads_sign && (pack != nullptr || (result && frame->traits->cheap)))
-      if (std::shared_ptr<Stored> stored = sign(tensor, extent, frame->traits->reads_positive))
-        return stored;
-    return pack != nullptr ? packed(tensor, extent, pack, tape) : nullptr;
+    const bool made_here = (origin != nullptr && origin->time != 0) || (integers && result);
+    if (attached.is_leaf() && !made_here) return true;  // a constant, which somebody holds
+    if (integers) return false;
+    if (frame == nullptr || frame->argument(key) != nullptr) return false;
+    for (const at::Tensor& argument : frame->tensors)
+      if (8 * tensor.numel() <= argument.numel()) return true;  // mean, rstd, logsumexp
+    return false;
+  }
+
+  /// The first that is open: an exact code, computed again, packed by `pack`, offloaded. `pack` may
+  /// be null: exact ways alone are; and so may `tape`.
+  std::shared_ptr<Stored> encode(const at::Tensor& tensor, const Extent& extent, PackFunction pack,
+                                 Tape* tape) {
+    if (std::shared_ptr<Stored> stored = coded(tensor, extent, pack, tape)) return stored;
+    return offloaded(tensor, extent);
+  }
+
+  /// Its values as they are, but not in memory.
+  std::shared_ptr<Stored> offloaded(const at::Tensor& tensor, Extent extent) {
+    if (options_.offload == nullptr) return nullptr;
+    const auto values =
+        static_cast<std::int64_t>(tensor.storage().nbytes() / tensor.element_size());
+    if (4 * extent.numel() >= values) extent = Extent::whole(values);  // of all its views
+    at::Tensor dense = extent.view(tensor.scalar_type()).on(tensor.storage()).contiguous();
+    if (dense.storage_offset() != 0) dense = dense.clone();
+    std::shared_ptr<const Payload> payload = options_.offload->offload(dense, tensor);
+    if (payload == nullptr) return nullptr;
+    auto stored = std::make_shared<Packed>(index_->use(tensor.storage()), tensor._version(),
+                                           tensor.scalar_type(), std::move(extent),
+                                           std::move(payload), StoredAs::kOffloaded);
+    index_->add(stored);
+    return stored;
   }
 
   /// By the payload that it was decoded from.
@@ -74,21 +96,50 @@ class BasicEncoder {
       return nullptr;
     auto stored = std::make_shared<Packed>(index_->use(tensor.storage()), tensor._version(),
                                            tensor.scalar_type(), extent, std::move(payload),
-                                           /*exact=*/false, /*borrowed=*/true);
+                                           StoredAs::kPacked, /*borrowed=*/true);
     index_->add(stored);
     return stored;
   }
 
  private:
+  std::shared_ptr<Stored> coded(const at::Tensor& tensor, const Extent& extent, PackFunction pack,
+                                Tape* tape) {
+    c10::StorageImpl* const key = tensor.storage().unsafeGetStorageImpl();
+    const Tape::Origin* origin = tape ? tape->origin(key) : nullptr;
+    if (tensor.scalar_type() == at::kBool) return mask(tensor, extent);
+    if (origin != nullptr && origin->two_values)
+      if (std::shared_ptr<Stored> stored = mask(tensor, extent)) return stored;
+    if (origin != nullptr && origin->call != nullptr)
+      if (std::shared_ptr<Stored> stored =
+              rebuild(*tape, *origin, tensor._version(), options_.recompute_depth))
+        if (pack != nullptr || stored->exact()) return stored;
+    const at::ScalarType dtype = tensor.scalar_type();
+    const Tape::Frame* frame = tape ? tape->frame() : nullptr;
+    const bool result = frame != nullptr && frame->argument(key) == nullptr;
+    if (at::isIntegralType(dtype, /*includeBool=*/false))
+      return integers(tensor, extent, result ? frame : nullptr);
+    if (dtype != at::kFloat && dtype != at::kBFloat16 && dtype != at::kHalf) return nullptr;
+    const bool reads_sign =
+        frame != nullptr && (frame->traits->reads_nonzero || frame->traits->reads_positive);
+    // Without a codec only where the values themselves, a relu's result, can be computed again.
+    if (reads_sign && (pack != nullptr || (result && frame->traits->cheap)))
+      if (std::shared_ptr<Stored> stored = sign(tensor, extent, frame->traits->reads_positive))
+        return stored;
+    const bool gated = frame != nullptr && frame->traits->gate != OperatorTraits::Gate::kNone;
+    if (gated && (pack != nullptr || !frame->traits->cheap))
+      if (std::shared_ptr<Stored> stored = gate(tensor, extent, *frame)) return stored;
+    return pack != nullptr ? packed(tensor, extent, pack, tape) : nullptr;
+  }
+
   /// Exactly, if there are two values.
   std::shared_ptr<Stored> mask(const at::Tensor& tensor, const Extent& extent) {
     if (options_.pack_mask == nullptr || !extent.dense()) return nullptr;
     std::shared_ptr<const Payload> payload =
         options_.pack_mask(extent.view(tensor.scalar_type()).on(tensor.storage()));
     if (payload == nullptr) return nullptr;
-    auto stored = std::make_shared<Packed>(index_->use(tensor.storage()), tensor._version(),
-                                           tensor.scalar_type(), extent, std::move(payload),
-                                           /*exact=*/true);
+    auto stored =
+        std::make_shared<Packed>(index_->use(tensor.storage()), tensor._version(),
+                                 tensor.scalar_type(), extent, std::move(payload), StoredAs::kMask);
     index_->add(stored);
     return stored;
   }
@@ -103,8 +154,37 @@ class BasicEncoder {
         options_.pack_mask(positive ? at::gt(values, 0) : at::ne(values, 0));
     if (bits == nullptr) return nullptr;
     return std::make_shared<Packed>(index_->use(tensor.storage()), tensor._version(), dtype, extent,
-                                    bits->to(tensor.device(), dtype),
-                                    /*exact=*/true);
+                                    bits->to(tensor.device(), dtype), StoredAs::kMask);
+  }
+
+  /// Whether hardtanh's or threshold's backward lets a gradient pass. For its node alone, too.
+  std::shared_ptr<Stored> gate(const at::Tensor& tensor, const Extent& extent,
+                               const Tape::Frame& frame) {
+    if (options_.pack_mask == nullptr || !extent.dense()) return nullptr;
+    const at::ScalarType dtype = tensor.scalar_type();
+    std::shared_ptr<const Payload> payload =
+        pack_gate(extent.view(dtype).on(tensor.storage()), frame, options_.pack_mask);
+    if (payload == nullptr) return nullptr;
+    return std::make_shared<Packed>(index_->use(tensor.storage()), tensor._version(), dtype, extent,
+                                    std::move(payload), StoredAs::kMask);
+  }
+
+  /// In fewer bytes, exactly. `frame`: of the operator whose result they are, or null.
+  std::shared_ptr<Stored> integers(const at::Tensor& tensor, const Extent& extent,
+                                   const Tape::Frame* frame) {
+    if (options_.pack_integers == nullptr) return nullptr;
+    std::shared_ptr<const Payload> payload;
+    if (frame != nullptr && frame->traits->pools > 0 && extent.dense() &&
+        tensor.numel() == extent.span)
+      payload = pack_pool(tensor, *frame);
+    if (payload == nullptr)
+      payload = options_.pack_integers(extent.view(tensor.scalar_type()).on(tensor.storage()));
+    if (payload == nullptr) return nullptr;
+    auto stored =
+        std::make_shared<Packed>(index_->use(tensor.storage()), tensor._version(),
+                                 tensor.scalar_type(), extent, std::move(payload), StoredAs::kMask);
+    index_->add(stored);
+    return stored;
   }
 
   std::shared_ptr<Stored> packed(const at::Tensor& tensor, Extent extent, PackFunction pack,
@@ -123,9 +203,11 @@ class BasicEncoder {
     std::shared_ptr<const Payload> payload =
         pack(extent.view(tensor.scalar_type()).on(storage), key);
     const bool holds_nan = payload->holds_nan();
+    if (options_.offload != nullptr && !holds_nan)
+      payload = options_.offload->offload(std::move(payload));
     auto stored =
         std::make_shared<Packed>(index_->use(storage), tensor._version(), tensor.scalar_type(),
-                                 std::move(extent), std::move(payload), /*exact=*/false);
+                                 std::move(extent), std::move(payload), StoredAs::kPacked);
     if (holds_nan) {  // of the tensor itself, or of what lies between its values?
       StorageView view(tensor);
       const Extent own(view);

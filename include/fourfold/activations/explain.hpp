@@ -27,10 +27,10 @@ std::string explain(const SavedTotals& totals, std::uint64_t forwards, bool pack
   const auto mib = [](std::int64_t bytes) { return static_cast<double>(bytes) / (1 << 20); };
   out.precision(1);
   out << std::fixed << "activations: " << n.tensors() << " tensors saved in " << forwards
-      << " forwards: " << n.packed << " packed, " << n.masks << " as bits, " << n.recomputed
-      << " computed again, " << n.kept << " held as they are, " << n.parameters
-      << " the model's own; at most " << mib(totals.held.bytes().peak)
-      << " MiB held at once, plain "
+      << " forwards: " << n.packed << " packed, " << n.masks << " in an exact code, "
+      << n.recomputed << " computed again, " << n.offloaded << " offloaded, " << n.kept
+      << " held as they are, " << n.parameters << " the model's own; at most "
+      << mib(totals.held.bytes().peak) << " MiB held at once, plain "
       << "LibTorch would have held " << mib(totals.plain.bytes().peak) << " MiB";
   if (n.materialised > 0)
     out << "; " << n.materialised

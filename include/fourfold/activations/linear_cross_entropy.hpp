@@ -89,13 +89,13 @@ LinearCrossEntropy<V>::LinearCrossEntropy(const at::Tensor& all_hidden, const at
   TORCH_CHECK(all_hidden.is_floating_point() && weight.is_floating_point(), what, ": hidden is ",
               all_hidden.scalar_type(), " and weight ", weight.scalar_type(),
               ", and both are floating; convert them first");
-  TORCH_CHECK(all_target.scalar_type() == at::kLong &&
-                  all_target.sizes() == all_hidden.sizes().slice(0, all_hidden.dim() - 1),
-              what, ": target is ", all_target.scalar_type(), " of sizes ", all_target.sizes(),
-              ", and a class (Long) for each of hidden's rows, ",
-              all_hidden.sizes().slice(0, all_hidden.dim() - 1),
-              ", was wanted; probabilities of classes are as large as the logits: use "
-              "fourfold::chunked for them");
+  TORCH_CHECK(all_target.scalar_type() == at::kLong, what, ": target is ", all_target.scalar_type(),
+              ", and classes are Long: convert it by to(torch::kLong), or, where it holds "
+              "probabilities of classes, use fourfold::chunked");
+  TORCH_CHECK(all_target.sizes() == all_hidden.sizes().slice(0, all_hidden.dim() - 1), what,
+              ": target has sizes ", all_target.sizes(), " and hidden ", all_hidden.sizes(),
+              "; give one class for each of hidden's rows, ",
+              all_hidden.sizes().slice(0, all_hidden.dim() - 1));
   const auto of_classes = [&](const at::Tensor& tensor, const char* name) {
     TORCH_CHECK(!tensor.defined() || (tensor.dim() == 1 && tensor.size(0) == weight.size(0)), what,
                 ": ", name, " has sizes ", tensor.sizes(), ", and there are ", weight.size(0),

@@ -31,6 +31,9 @@ struct BasicOperatorTraits {
   bool singular = false;             ///< its derivative has no bound: log, sqrt, ...
   bool reads_nonzero = false;        ///< backward asks of what it saved whether it is 0: relu
   bool reads_positive = false;       ///< ... whether it is positive: leaky_relu
+  enum class Gate { kNone, kThreshold, kInterval };
+  Gate gate = Gate::kNone;  ///< backward asks whether it lies in an interval: hardtanh
+  int pools = 0;            ///< max_pool with indices, of so many dimensions
 
   BasicOperatorTraits() = default;
   BasicOperatorTraits(const c10::OperatorHandle& op,
@@ -73,6 +76,9 @@ struct BasicOperatorTraits {
                              "erfinv",     "lgamma",      "digamma"});
     reads_nonzero = name == "relu" || name == "relu_";
     reads_positive = name == "leaky_relu" || name == "leaky_relu_";
+    if (name == "threshold" || name == "threshold_") gate = Gate::kThreshold;
+    if (name == "hardtanh" || name == "hardtanh_") gate = Gate::kInterval;
+    pools = name == "max_pool2d_with_indices" ? 2 : name == "max_pool3d_with_indices" ? 3 : 0;
   }
 
  private:

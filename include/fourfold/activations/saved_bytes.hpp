@@ -12,16 +12,17 @@ namespace fourfold::inline v0 {
 /// Number of tensors that autograd handed over, by what became of them.
 struct SavedCounts {
   std::int64_t packed = 0;      ///< held by the codec (a tensor that shares a payload counts too)
-  std::int64_t masks = 0;       ///< held exactly as one bit a value
+  std::int64_t masks = 0;       ///< held exactly in fewer bits: masks, offsets, narrow integers
   std::int64_t recomputed = 0;  ///< not held: computed again in backward
   std::int64_t kept = 0;        ///< held as they are
   std::int64_t parameters = 0;  ///< held by the model anyway
   std::int64_t materialised =
-      0;                      ///< were to be recomputed, but an input was about to be written to
-  std::int64_t payloads = 0;  ///< distinct payloads made
+      0;                       ///< were to be recomputed, but an input was about to be written to
+  std::int64_t payloads = 0;   ///< distinct payloads made
+  std::int64_t offloaded = 0;  ///< held as they are, and not in memory
 
   [[nodiscard]] std::int64_t tensors() const {
-    return packed + masks + recomputed + kept + parameters;
+    return packed + masks + recomputed + kept + parameters + offloaded;
   }
 };
 
@@ -51,11 +52,11 @@ struct SavedTotals {
   ByteCounter plain;  ///< what LibTorch would hold: distinct storages, without parameters
   ByteCounter held;   ///< payloads and storages that are held
   std::atomic<std::int64_t> packed{0}, masks{0}, recomputed{0}, kept{0}, parameters{0},
-      materialised{0}, payloads{0};
+      materialised{0}, payloads{0}, offloaded{0};
 
   [[nodiscard]] SavedCounts counts() const {
     return {packed.load(),     masks.load(),        recomputed.load(), kept.load(),
-            parameters.load(), materialised.load(), payloads.load()};
+            parameters.load(), materialised.load(), payloads.load(),   offloaded.load()};
   }
 };
 

@@ -16,7 +16,7 @@ namespace fourfold::inline v0 {
 /// Packs values, rounded stochastically. A plain function, so that stores are not templates.
 using PackFunction = std::shared_ptr<const Payload> (*)(const at::Tensor& values, Key key);
 
-enum class StoredAs { kKept, kPacked, kMask, kRebuilt };
+enum class StoredAs { kKept, kPacked, kMask, kRebuilt, kOffloaded };
 
 /// A storage that a forward saves. The same each time that the same forward runs, however its
 /// storages are held.

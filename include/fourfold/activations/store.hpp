@@ -16,18 +16,20 @@
 /// A saved tensor is, in this order:
 ///  1. held as it is and not counted: a parameter (a leaf that asks for gradients, a view of one,
 ///     `keep_storages`), what is not dense (sparse, quantised, meta, packed, ...), empty;
-///  2. held as it is: integers, complex; what its operator has yet to write; small (under
-///     `min_numel` values or `min_bytes`); a constant from outside of the scope; statistics (an
-///     eighth of its operator's largest argument or less); what `keep` says;
+///  2. held as it is: complex; what its operator has yet to write; small (under `min_numel` values
+///     or `min_bytes`); a constant from outside of the scope (a batch and its targets, which somebody
+///     holds); statistics (an eighth of its operator's largest argument or less); what `keep` says;
 ///  3. held by what holds its storage already, or by what it was decoded from;
-///  4. held exactly in one bit a value: dropout's noise and boolean masks, and what the backward of
-///     relu and leaky_relu asks of it;
+///  4. held exactly in fewer bits: dropout's noise, boolean masks, and what the backward of relu,
+///     leaky_relu, hardtanh, relu6 and threshold asks of it, in one; max_pool's indices in 8; other
+///     Long and Int values in as few bytes as their range needs;
 ///  5. not held, but computed again from what is held anyway (`recompute`);
 ///  6. held as it is: what a backward divides by or takes the root or the logarithm of;
 ///  7. packed, rounded stochastically: what attention, softmax and products of two activations
 ///     save and the inputs of checkpoints by `pack_sensitive`, the rest by `pack` (tolerance.hpp).
 ///     Float, BFloat16 and Half only; a Double is held as it is, and so is what holds an infinity
-///     or a NaN, whose neighbours would be lost.
+///     or a NaN, whose neighbours would be lost;
+///  8. written to a file, codes and what else is held (`offload`).
 /// Without `pack` all of it is exact, and gradients are equal to the bit.
 ///
 /// A view comes back with its sizes, strides and dtype. Its offset is counted from the first value
@@ -38,9 +40,7 @@
 #include <fourfold/activations/ask_plan.hpp>
 #include <fourfold/activations/encoder.hpp>
 #include <fourfold/activations/explain.hpp>
-#include <fourfold/activations/saved_bytes.hpp>
 #include <fourfold/activations/saved_views.hpp>
-#include <fourfold/activations/stored.hpp>
 #include <fourfold/activations/tape.hpp>
 #include <fourfold/activations/tolerance.hpp>
 #include <fourfold/core/place.hpp>
@@ -108,7 +108,7 @@ class BasicActivationStore final : public door::SavedTensors,
   explicit BasicActivationStore(ActivationOptions options) : options_(std::move(options)) {}
 
   [[nodiscard]] bool active() const {
-    return options_.pack != nullptr || !options_.recompute.empty();
+    return options_.pack != nullptr || !options_.recompute.empty() || options_.offload != nullptr;
   }
   /// What this thread's operators are noted on, if this store was activated on it.
   [[nodiscard]] detail::Tape* tape() const;
@@ -119,8 +119,6 @@ class BasicActivationStore final : public door::SavedTensors,
   std::shared_ptr<door::Saved> as(const Stored& stored, detail::StorageView view);
   std::shared_ptr<door::Saved> hold(const at::Tensor& tensor, const at::Tensor& attached,
                                     PackFunction pack);
-  [[nodiscard]] bool stays(const at::Tensor& tensor, const at::Tensor& attached,
-                           const detail::Tape* tape) const;
 
   const ActivationOptions options_;
   const std::shared_ptr<detail::SavedTotals> totals_ = std::make_shared<detail::SavedTotals>();
@@ -148,6 +146,7 @@ struct BasicActivationStore<T>::Active {
   }
   ~Active() {
     scope.reset();
+    if (store->options_.offload != nullptr) store->options_.offload->settle();
     if (planned) store->options_.plan->forward_ended(tape->forward());
     tape->clear();
     const std::lock_guard lock(store->mutex_);
@@ -211,29 +210,13 @@ std::shared_ptr<door::Saved> BasicActivationStore<T>::as(const Stored& stored,
       case StoredAs::kPacked: return totals_->packed;
       case StoredAs::kMask: return totals_->masks;
       case StoredAs::kRebuilt: return totals_->recomputed;
+      case StoredAs::kOffloaded: return totals_->offloaded;
     }
     TORCH_INTERNAL_ASSERT(false);
   }();
   count.fetch_add(1, std::memory_order_relaxed);
   stored->use()->note_saved();
   return std::make_shared<detail::SavedView>(stored, std::move(view));
-}
-
-template <class T>
-bool BasicActivationStore<T>::stays(const at::Tensor& tensor, const at::Tensor& attached,
-                                    const detail::Tape* tape) const {
-  const bool bits = tensor.scalar_type() == at::kBool && tensor.is_cpu();
-  if (!at::isFloatingType(tensor.scalar_type()) && !bits) return true;
-  if (options_.keep && options_.keep(tensor)) return true;
-  c10::StorageImpl* const key = tensor.storage().unsafeGetStorageImpl();
-  const detail::Tape::Origin* origin = tape ? tape->origin(key) : nullptr;
-  const bool made_here = origin != nullptr && origin->time != 0;
-  if (attached.is_leaf() && !made_here) return true;  // a constant, which somebody holds
-  const detail::Tape::Frame* frame = tape ? tape->frame() : nullptr;
-  if (frame == nullptr || frame->argument(key) != nullptr) return false;
-  for (const at::Tensor& argument : frame->tensors)
-    if (8 * tensor.numel() <= argument.numel()) return true;  // mean, rstd, logsumexp
-  return false;
 }
 
 template <class T>
@@ -279,7 +262,7 @@ std::shared_ptr<door::Saved> BasicActivationStore<T>::hold(const at::Tensor& ten
   if (options_.payload_of && extent.dense())
     if (Stored lent = encoder_.borrowed(tensor, extent)) return as(lent, std::move(view));
   if (!active()) return keep(tensor);
-  if (stays(tensor, attached, tape)) return keep(tensor, tape);
+  if (encoder_.stays(tensor, attached, tape)) return keep(tensor, tape);
   const PlaceGuard place(Place::kActivations);
   const auto bytes = static_cast<std::int64_t>(tensor.nbytes());
   if (tensor.numel() < options_.min_numel || bytes < options_.min_bytes) {

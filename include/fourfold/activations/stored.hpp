@@ -76,11 +76,11 @@ class BasicPacked final : public Stored, public std::enable_shared_from_this<Bas
  public:
   /// `borrowed`: the payload is somebody else's (a packed parameter's), its bytes are not ours.
   BasicPacked(std::shared_ptr<StorageUse> use, std::int64_t version, at::ScalarType dtype,
-              Extent extent, std::shared_ptr<const Payload> payload, bool exact,
+              Extent extent, std::shared_ptr<const Payload> payload, StoredAs kind,
               bool borrowed = false)
       : Stored(std::move(use), version, dtype, std::move(extent)),
         payload_(std::move(payload)),
-        exact_(exact),
+        kind_(kind),
         bytes_(borrowed ? 0 : payload_->nbytes()) {
     use_->index()->totals().held.add(bytes_);
     if (!borrowed) use_->index()->totals().payloads.fetch_add(1, std::memory_order_relaxed);
@@ -100,18 +100,21 @@ class BasicPacked final : public Stored, public std::enable_shared_from_this<Bas
       extent_.view(dtype_).on(around.storage(), extent_.begin).copy_(values.view(extent_.sizes));
       values = around;
     }
+    if (values.storage().unsafeGetStorageImpl() == use_->key())
+      return values.storage();  // as it is
     dense_ = values.storage().getWeakStorageImpl();
     note_decoded(values.storage());
     if (extent_.dense()) use_->index()->mark_decoded(values.storage(), weak_from_this());
     return values.storage();
   }
-  bool exact() const override { return exact_; }
-  StoredAs kind() const override { return exact_ ? StoredAs::kMask : StoredAs::kPacked; }
+  bool exact() const override { return kind_ != StoredAs::kPacked; }
+  StoredAs kind() const override { return kind_; }
   std::int64_t own_bytes() const override { return bytes_; }
+  void before_write() override { payload_->before_source_changes(); }
 
  private:
   const std::shared_ptr<const Payload> payload_;
-  const bool exact_;
+  const StoredAs kind_;
   const std::int64_t bytes_;
   std::mutex mutex_;
   WeakStorage dense_{c10::Storage().getWeakStorageImpl()};

@@ -62,6 +62,7 @@ class BasicTape final : public door::OperatorObserver {
     c10::SmallVector<at::Tensor, 6> tensors;  ///< its arguments
     c10::SmallVector<std::pair<c10::StorageImpl*, std::int64_t>, 2> written;  ///< version before
     std::shared_ptr<OperatorCall> call;
+    std::vector<at::IValue> arguments;  ///< of operators whose exact code depends on them
 
     [[nodiscard]] const at::Tensor* argument(c10::StorageImpl* key) const {
       for (const at::Tensor& tensor : tensors)
@@ -88,6 +89,8 @@ class BasicTape final : public door::OperatorObserver {
       frame.time = index_->tick();
       frame.number = operators_++;
       for (const at::IValue& value : arguments) collect(value, frame.tensors);
+      if (traits.pools > 0 || traits.gate != OperatorTraits::Gate::kNone)
+        frame.arguments = arguments.vec();
       for (std::size_t i : traits.written) note_write(frame, arguments[i]);
       if (traits.cheap && at::GradMode::is_enabled() && !(traits.casts && autocasting()))
         frame.call = record(op, traits, arguments, frame.time);
@@ -275,6 +278,7 @@ class BasicTape final : public door::OperatorObserver {
     Frame& frame = *frames_[--depth_];
     frame.tensors.clear();
     frame.written.clear();
+    frame.arguments.clear();
     frame.call = nullptr;
   }
 

@@ -4,6 +4,7 @@
 ///   for (const at::Tensor& p : model->parameters()) { stepper.step_parameter(p); }   // is step()
 #include <c10/util/Exception.h>
 
+#include <cstdint>
 #include <memory>
 #include <utility>
 
@@ -23,6 +24,10 @@ template <class = void>
 class BasicParameterStepper {
  public:
   virtual void step_parameter(const at::Tensor& p) = 0;
+
+  /// The same with one of a step's gradients, which moments take up one by one, numbered from 0: the
+  /// weight moves with the last. Error: a rule whose moments are no sums over gradients.
+  virtual void fold_gradient(const at::Tensor& p, std::int64_t micro_batch, bool last) = 0;
 
   /// The stepper, for whoever steps its parameters in backward; null once it is gone.
   using Link = std::shared_ptr<BasicParameterStepper*>;

@@ -39,6 +39,9 @@ class Payload {
   [[nodiscard]] virtual const std::vector<at::Tensor>& buffers() const = 0;
   /// Whether values that were not finite made others NaN, as far as the codec knows.
   [[nodiscard]] virtual bool holds_nan() const { return false; }
+  /// For payloads that are not done with reading the tensor that they were made of: it is about to
+  /// be written to. Returns when they need it no more.
+  virtual void before_source_changes() const {}
 };
 
 template <Codec C>

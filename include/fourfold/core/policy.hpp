@@ -11,6 +11,7 @@ enum class Role {
   kActivations,
   kRecompute,
   kBlocks,
+  kOffload,
   kOptimizerStates,
   kGradients,
   kRelease,
@@ -24,6 +25,7 @@ constexpr std::string_view name(Role role) {
     case Role::kActivations: return "Activations";
     case Role::kRecompute: return "Recompute";
     case Role::kBlocks: return "Blocks";
+    case Role::kOffload: return "Offload";
     case Role::kOptimizerStates: return "OptimizerStates";
     case Role::kBudget: return "Budget";
     case Role::kGradients: return "Gradients";

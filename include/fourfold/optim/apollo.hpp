@@ -13,36 +13,18 @@
 #include <fourfold/optim/detail/projection.hpp>
 #include <fourfold/optim/detail/step_vector.hpp>
 #include <fourfold/optim/optimizer.hpp>
-#include <fourfold/optim/options.hpp>
+#include <fourfold/optim/projected_options.hpp>
 
 namespace fourfold::inline v0 {
 namespace optim {
 
-template <bool Mini>
-struct ApolloOptionsOf : detail::OptionsOf<ApolloOptionsOf<Mini>> {
-  ApolloOptionsOf(double lr = 1e-2) : lr_(lr) {}
-  typedef std::tuple<double, double> betas_t;
-  TORCH_ARG(double, lr) = 1e-2;
-  TORCH_ARG(std::int64_t, rank) = Mini ? 1 : 256;  ///< directions of the subspace
-  TORCH_ARG(std::int64_t, update_proj_gap) = 200;  ///< steps that share a projection
-  TORCH_ARG(double, scale) = Mini ? 128 : 1;       ///< the step is multiplied by its root
-  TORCH_ARG(betas_t, betas) = std::make_tuple(0.9, 0.999);
-  TORCH_ARG(double, eps) = 1e-6;
-  TORCH_ARG(double, weight_decay) = 0;
-
- public:
-  template <class Archive>
-  void each(Archive&& archive) {
-    archive("lr", lr()), archive("rank", rank()), archive("update_proj_gap", update_proj_gap());
-    archive("scale", scale()), archive("betas", betas()), archive("eps", eps());
-    archive("weight_decay", weight_decay());
-  }
-};
-using ApolloOptions = ApolloOptionsOf<false>;
-using ApolloMiniOptions = ApolloOptionsOf<true>;
-
 namespace detail {
-
+template <bool Mini>
+struct ApolloDefaults {
+  static constexpr std::int64_t rank = Mini ? 1 : 256;
+  static constexpr double scale = Mini ? 128 : 1;  ///< the step is multiplied by its root
+  static constexpr double eps = 1e-6;
+};
 /// p = p * decay + g * rate * scales[i]
 struct ApolloLoop {
   FOURFOLD_LOOP static void run(float* __restrict p, const float* __restrict g,
@@ -66,29 +48,20 @@ std::vector<double> channel_squares(const Floats& r, bool columns) {
 
 }  // namespace detail
 
+using ApolloOptions = ProjectedOptions<detail::ApolloDefaults<false>>;
+using ApolloMiniOptions = ProjectedOptions<detail::ApolloDefaults<true>>;
+
 template <bool Mini>
 struct ApolloRuleOf {
-  using Options = ApolloOptionsOf<Mini>;
+  using Options = ProjectedOptions<detail::ApolloDefaults<Mini>>;
   static constexpr bool kByRows = true;
 
   static std::string name() { return Mini ? "ApolloMini" : "Apollo"; }
   static void check(const Options& options, const std::string& whose) {
-    const auto [beta1, beta2] = options.betas();
-    detail::check_learning_rate(options.lr(), whose);
-    detail::check_option(options.rank() >= 1, "rank", options.rank(), whose, "is 1 or more");
-    detail::check_option(options.update_proj_gap() >= 1, "update_proj_gap",
-                         options.update_proj_gap(), whose, "is 1 or more");
-    detail::check_option(options.scale() > 0, "scale", options.scale(), whose, "is above 0");
-    detail::check_option(options.eps() >= 0, "epsilon value", options.eps(), whose, "is 0 or more");
-    detail::check_betas(beta1, beta2, whose);
-    detail::check_weight_decay(options.weight_decay(), whose);
+    detail::check_projected_options(options, whose);
   }
   static MomentSizes moments(const at::Tensor& p, const Options& options) {
-    if (p.dim() < 2 || p.numel() == 0) return {p.numel(), p.numel()};
-    const std::int64_t rows = p.size(0), columns = p.numel() / rows;
-    const std::int64_t n =
-        std::min(options.rank(), std::min(rows, columns)) * std::max(rows, columns);
-    return {n, n};
+    return detail::projected_moments(p, options);
   }
   /// The length of the last step, for the limiter.
   static std::vector<std::vector<std::int64_t>> extra(const at::Tensor& p, const Options&) {
@@ -106,11 +79,11 @@ struct ApolloRuleOf {
     detail::step_matrix(
         p, grad, state, keys, maximize, name(), isa,
         [&, beta1 = beta1, beta2 = beta2](const auto& matrix) {
-          const std::int64_t shorter = std::min(matrix.rows, matrix.columns);
+          const detail::ProjectedShape shape(p, options);
           Key key = keys.matrix;
           key.step = static_cast<std::uint64_t>((count.step - 1) / options.update_proj_gap());
-          const detail::Floats r = detail::project(
-              matrix, detail::random_projection(key, std::min(options.rank(), shorter), shorter));
+          const detail::Floats r =
+              detail::project(matrix, detail::random_projection(key, shape.rank, shape.shorter));
           const detail::Floats direction =
               detail::adam_direction(r, state, beta1, beta2, options.eps(), count.step, keys, isa);
           const bool wide = matrix.rows <= matrix.columns;

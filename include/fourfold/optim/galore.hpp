@@ -15,33 +15,17 @@
 #include <fourfold/optim/detail/projection.hpp>
 #include <fourfold/optim/detail/step_vector.hpp>
 #include <fourfold/optim/optimizer.hpp>
-#include <fourfold/optim/options.hpp>
+#include <fourfold/optim/projected_options.hpp>
 
 namespace fourfold::inline v0 {
 namespace optim {
 
-struct GaLoreOptions : detail::OptionsOf<GaLoreOptions> {
-  GaLoreOptions(double lr = 1e-2) : lr_(lr) {}
-  typedef std::tuple<double, double> betas_t;
-  TORCH_ARG(double, lr) = 1e-2;
-  TORCH_ARG(std::int64_t, rank) = 128;
-  TORCH_ARG(std::int64_t,
-            update_proj_gap) = 200;  ///< steps from one search for directions to the next
-  TORCH_ARG(double, scale) = 0.25;   ///< alpha: the step is multiplied by it
-  TORCH_ARG(betas_t, betas) = std::make_tuple(0.9, 0.999);
-  TORCH_ARG(double, eps) = 1e-8;
-  TORCH_ARG(double, weight_decay) = 0;
-
- public:
-  template <class Archive>
-  void each(Archive&& archive) {
-    archive("lr", lr()), archive("rank", rank()), archive("update_proj_gap", update_proj_gap());
-    archive("scale", scale()), archive("betas", betas()), archive("eps", eps());
-    archive("weight_decay", weight_decay());
-  }
-};
-
 namespace detail {
+struct GaLoreDefaults {
+  static constexpr std::int64_t rank = 128;
+  static constexpr double scale = 0.25;  ///< alpha: the step is multiplied by it
+  static constexpr double eps = 1e-8;
+};
 
 inline at::Tensor tensor_of(Floats& x) {
   return at::from_blob(x.values.data(), {x.rows, x.columns}, at::kFloat);
@@ -69,31 +53,23 @@ Floats leading_directions(const Matrix& g, Floats q) {
 
 }  // namespace detail
 
+using GaLoreOptions = ProjectedOptions<detail::GaLoreDefaults>;
+
 struct GaLoreRule {
   using Options = GaLoreOptions;
   static constexpr bool kByRows = true;
 
   static std::string name() { return "GaLore"; }
   static void check(const Options& options, const std::string& whose) {
-    const auto [beta1, beta2] = options.betas();
-    detail::check_learning_rate(options.lr(), whose);
-    detail::check_option(options.rank() >= 1, "rank", options.rank(), whose, "is 1 or more");
-    detail::check_option(options.update_proj_gap() >= 1, "update_proj_gap",
-                         options.update_proj_gap(), whose, "is 1 or more");
-    detail::check_option(options.scale() > 0, "scale", options.scale(), whose, "is above 0");
-    detail::check_option(options.eps() >= 0, "epsilon value", options.eps(), whose, "is 0 or more");
-    detail::check_betas(beta1, beta2, whose);
-    detail::check_weight_decay(options.weight_decay(), whose);
+    detail::check_projected_options(options, whose);
   }
   static MomentSizes moments(const at::Tensor& p, const Options& options) {
-    if (p.dim() < 2 || p.numel() == 0) return {p.numel(), p.numel()};
-    const auto [rank, shorter] = shape(p, options);
-    return {rank * (p.numel() / shorter), rank * (p.numel() / shorter)};
+    return detail::projected_moments(p, options);
   }
   static std::vector<std::vector<std::int64_t>> extra(const at::Tensor& p, const Options& options) {
-    if (p.dim() < 2 || p.numel() == 0) return {};
-    const auto [rank, shorter] = shape(p, options);
-    return {{rank, shorter}};
+    if (!detail::ProjectedShape::has(p)) return {};
+    const detail::ProjectedShape shape(p, options);
+    return {{shape.rank, shape.shorter}};
   }
 
   template <class State>
@@ -133,10 +109,6 @@ struct GaLoreRule {
   }
 
  private:
-  static std::pair<std::int64_t, std::int64_t> shape(const at::Tensor& p, const Options& options) {
-    const std::int64_t shorter = std::min(p.size(0), p.numel() / p.size(0));
-    return {std::min(options.rank(), shorter), shorter};
-  }
   /// The directions kept, or new ones where it is time.
   template <class Matrix>
   static detail::Floats directions(const Matrix& matrix, const Options& options,

@@ -75,7 +75,8 @@ class Optimizer : public ::torch::optim::Optimizer, public ParameterStepper {
   /// gradients on.
   at::Tensor step(LossClosure closure = nullptr) override;
   /// `p` alone, as step() steps it: core/parameter_stepper.hpp.
-  void step_parameter(const at::Tensor& p) override;
+  void step_parameter(const at::Tensor& p) override { fold_gradient(p, 0, true); }
+  void fold_gradient(const at::Tensor& p, std::int64_t micro_batch, bool last) override;
 
   /// Bytes of all that is kept between steps beside weights and gradients. Before the first step
   /// there are none.
@@ -131,7 +132,8 @@ class Optimizer : public ::torch::optim::Optimizer, public ParameterStepper {
   }
   GroupPlace place_of(const at::Tensor& p) const;
   void check(const at::Tensor& p, const GroupPlace& at);
-  void step_one(const at::Tensor& p, const GroupPlace& at);
+  void step_one(const at::Tensor& p, const GroupPlace& at, std::int64_t micro_batch = 0,
+                bool last = true);
 
   const State* find(const at::Tensor& p) const { return detail::find_state<State>(state_, p); }
   State& state_for(const at::Tensor& p) {
@@ -162,13 +164,17 @@ at::Tensor Optimizer<R, M, V, W>::step(LossClosure closure) {
 }
 
 template <UpdateRule R, class M, class V, class W>
-void Optimizer<R, M, V, W>::step_parameter(const at::Tensor& p) {
+void Optimizer<R, M, V, W>::fold_gradient(const at::Tensor& p, std::int64_t micro_batch,
+                                          bool last) {
+  TORCH_CHECK(kFolds<R> || (micro_batch == 0 && last), R::name(),
+              " cannot take up a step's gradients one by one, which AdamW can: accumulate them, as "
+              "AccumulateGradients::kBuffers does");
   const c10::NoGradGuard no_grad;
   const std::lock_guard<std::mutex> lock(*mutex_);
   const GroupPlace at = place_of(p);
   check_options(at.group);
   check(p, at);
-  step_one(p, at);
+  step_one(p, at, micro_batch, last);
 }
 
 template <UpdateRule R, class M, class V, class W>
@@ -217,16 +223,22 @@ void Optimizer<R, M, V, W>::check(const at::Tensor& p, const GroupPlace& at) {
 }
 
 template <UpdateRule R, class M, class V, class W>
-void Optimizer<R, M, V, W>::step_one(const at::Tensor& p, const GroupPlace& at) {
+void Optimizer<R, M, V, W>::step_one(const at::Tensor& p, const GroupPlace& at,
+                                     std::int64_t micro_batch, bool last) {
   if (!p.requires_grad() || !p.grad().defined()) return;
   const Options& options = options_of(at.group);
   State& state = state_for(p);
   state.place = at;
   const bool fresh = state.template make<R>(p, options, states_.min_packed_elements);
-  const StepCount count{++state.step, fresh};
-  const detail::StepKeys keys(seed_, state.step, static_cast<std::uint64_t>(2 * index_of(at)),
-                              states_.stochastic);
-  if constexpr (ElementwiseRule<R>)
+  const StepCount count{state.step += micro_batch == 0, fresh};
+  detail::StepKeys keys(seed_, state.step, static_cast<std::uint64_t>(2 * index_of(at)),
+                        states_.stochastic);
+  keys.of_micro_batch(micro_batch);
+  if constexpr (kFolds<R>)
+    detail::step_values<R>(p, p.grad(), state,
+                           R::factors(options, count).folded(micro_batch == 0, last), keys,
+                           states_.maximize);
+  else if constexpr (ElementwiseRule<R>)
     detail::step_values<R>(p, p.grad(), state, R::factors(options, count), keys, states_.maximize);
   else
     R::step(p, p.grad(), state, options, count, keys, states_.maximize);

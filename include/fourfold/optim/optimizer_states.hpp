@@ -9,11 +9,12 @@
 namespace fourfold::inline v0 {
 
 /// AdamW's moments held by C: OptimizerStates<Int8> has 8 bits a value, on curves made for moments.
-template <class C>
+/// `MasterCodec`: what is kept of 16-bit weights (optim/master_codec.hpp).
+template <class C, class MasterCodec = optim::RoundNearest>
 struct OptimizerStates {
   static constexpr Role role = Role::kOptimizerStates;
   using Format = C;
-  using Optimizer = optim::AdamWOf<C>;
+  using Optimizer = optim::AdamWOf<C, MasterCodec>;
 };
 
 namespace optim {

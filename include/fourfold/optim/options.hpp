@@ -3,6 +3,7 @@
 /// Options of rules that LibTorch lacks, in the manner of LibTorch's: chained setters, cloning,
 /// files, and the learning rate where schedulers look for it. `Derived` names its options once:
 ///   template <class Archive> void each(Archive&& archive) { archive("lr", lr()); ... }
+#include <fourfold/optim/detail/cycled_momentum.hpp>
 #include <fourfold/torch/archive.hpp>
 
 #include <torch/arg.h>
@@ -17,9 +18,18 @@ namespace fourfold::inline v0 {
 namespace optim::detail {
 
 template <class Derived>
-struct OptionsOf : ::torch::optim::OptimizerCloneableOptions<Derived> {
+struct OptionsOf : ::torch::optim::OptimizerCloneableOptions<Derived>, CycledMomentum {
   double get_lr() const override { return static_cast<const Derived&>(*this).lr(); }
   void set_lr(const double lr) override { static_cast<Derived&>(*this).lr(lr); }
+  /// The momentum where there is one, else the first of the betas.
+  double* cycled_momentum() override {
+    Derived& self = static_cast<Derived&>(*this);
+    if constexpr (requires { self.momentum(); })
+      if (self.momentum() > 0) return &self.momentum();
+    if constexpr (requires { self.betas(); }) return &std::get<0>(self.betas());
+    if constexpr (requires { self.momentum(); }) return &self.momentum();
+    return nullptr;
+  }
 
   void serialize(::torch::serialize::OutputArchive& archive) const override {
     auto copy = static_cast<const Derived&>(*this);

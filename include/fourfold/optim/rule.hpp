@@ -52,6 +52,13 @@ concept ElementwiseRule = UpdateRule<R> &&
   R::update(values, grad, values, values, n, factors, isa);
 };
 
+/// Its moments are sums over gradients, so that they may take up a step's gradients one by one:
+/// factors have folded(first, last).
+template <class R>
+inline constexpr bool kFolds = requires(const typename R::Factors& factors) {
+  { factors.folded(true, true) } -> std::same_as<typename R::Factors>;
+};
+
 /// A rule that looks at whole rows or at the whole matrix. Rows are dimension 0, one output each in
 /// LibTorch's layers; what follows is one row's values. In place of factors and update it has
 ///   static constexpr bool kByRows = true;

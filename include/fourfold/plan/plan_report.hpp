@@ -48,7 +48,7 @@ struct PlanReport {
                                          const std::vector<Rung>& rungs) {
   switch (way.kind) {
     case Way::Kind::kKeep: return "keep";
-    case Way::Kind::kExact: return "1 bit, exact";
+    case Way::Kind::kExact: return "exact code";
     case Way::Kind::kRebuild: return "compute again";
     case Way::Kind::kPack:
       return storage.sensitive || way.rung >= rungs.size() ? "sensitive codec"

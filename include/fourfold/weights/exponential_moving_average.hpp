@@ -19,17 +19,12 @@
 #include <ATen/core/grad_mode.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/CPUGeneratorImpl.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
 #include <c10/util/Exception.h>
-#include <fourfold/codec/detail/coded_values.hpp>
-#include <fourfold/core/parallel.hpp>
-#include <fourfold/core/place.hpp>
-#include <fourfold/core/visit.hpp>
+#include <fourfold/torch/archive.hpp>
 #include <fourfold/torch/parameters.hpp>
+#include <fourfold/weights/detail/average_of.hpp>
 #include <fourfold/weights/module_tensors.hpp>
 
-#include <algorithm>
 #include <cmath>
 #include <memory>
 #include <string>
@@ -39,108 +34,12 @@
 
 namespace fourfold::inline v0 {
 
-/// An average that is a tensor like the weight, on its device, or on the CPU: Python's bits.
-struct OnDevice {};
-struct OnHost {};
-
 struct ExponentialMovingAverageOptions {
   double decay = 0.999;      ///< 0 to 1
   std::int64_t every = 1;    ///< of so many update() calls one counts, by decay^every
   bool use_buffers = false;  ///< floating buffers (running statistics) too; others are copied
   std::int64_t min_packed_elements = 4096;  ///< smaller weights' averages are tensors
 };
-
-namespace detail {
-
-/// average += weight * (value - average) for one tensor, held as C says.
-template <class C>
-class AverageOf {
-  static constexpr bool kCodes = kIsGroupInt<C>;
-  static constexpr std::int64_t kTile = 1024;
-
- public:
-  AverageOf(std::string name, const at::Tensor& of, std::int64_t min_packed_elements)
-      : name_(std::move(name)), of_(of) {
-    packed_ = kCodes && of.is_floating_point() && of.is_cpu() &&
-              of.is_non_overlapping_and_dense() && of.numel() >= min_packed_elements;
-  }
-  [[nodiscard]] const std::string& name() const { return name_; }
-  [[nodiscard]] const at::Tensor& weight() const { return of_; }
-  [[nodiscard]] std::int64_t nbytes() const {
-    return packed_            ? codes_.nbytes()
-           : dense_.defined() ? static_cast<std::int64_t>(dense_.nbytes())
-                              : 0;
-  }
-
-  /// `share` of the weight, 1 takes it whole.
-  void update(double share, const Key& key) {
-    const c10::NoGradGuard no_grad;
-    const PlaceGuard place(Place::kWeights);
-    const at::Tensor now = of_.detach();
-    if constexpr (kCodes)
-      if (packed_) return update_codes(now, share, key);
-    const at::Tensor here = std::is_same_v<C, OnHost> ? now.to(at::kCPU) : now;
-    if (share == 1 || !dense_.defined() || !here.is_floating_point())
-      dense_ = here.clone();
-    else
-      dense_.lerp_(here, share);
-  }
-  /// Like the weight, on its device.
-  [[nodiscard]] at::Tensor value() const {
-    const c10::NoGradGuard no_grad;
-    if constexpr (kCodes)
-      if (packed_) {
-        const at::Tensor out = at::empty_like(of_.detach());
-        visit_float(out.scalar_type(), "ExponentialMovingAverage",
-                    [&]<class T>(std::type_identity<T>) {
-                      T* to = out.mutable_data_ptr<T>();
-                      each_tile(out.numel(), [&](std::int64_t begin, std::int64_t n) {
-                        alignas(64) float tile[kTile];
-                        codes_.decode(C::kFormat, begin, n, tile, isa());
-                        for (std::int64_t i = 0; i < n; ++i)
-                          to[begin + i] = static_cast<T>(tile[i]);
-                      });
-                    });
-        return out;
-      }
-    return dense_.to(of_.device(), /*non_blocking=*/false, /*copy=*/true);
-  }
-
- private:
-  void update_codes(const at::Tensor& now, double share, const Key& key) {
-    const bool first = !codes_.codes.defined();
-    if (first) codes_ = CodedValues(C::kFormat, now.numel());
-    const auto weight = static_cast<float>(share);
-    visit_float(now.scalar_type(), "ExponentialMovingAverage", [&]<class T>(std::type_identity<T>) {
-      const T* from = now.const_data_ptr<T>();
-      each_tile(now.numel(), [&](std::int64_t begin, std::int64_t n) {
-        alignas(64) float tile[kTile] = {};
-        const Isa use = isa();
-        if (!first) codes_.decode(C::kFormat, begin, n, tile, use);
-        for (std::int64_t i = 0; i < n; ++i) {
-          const auto value = static_cast<float>(from[begin + i]);
-          tile[i] = share == 1 ? value : std::fma(weight, value - tile[i], tile[i]);
-        }
-        codes_.encode(C::kFormat, begin, n, tile, key, use);
-      });
-    });
-  }
-  template <class F>
-  static void each_tile(std::int64_t n, const F& f) {
-    parallel_for(0, ceil_div(n, kTile), 16, [&](std::int64_t a, std::int64_t b) {
-      for (std::int64_t begin = a * kTile; begin < std::min(n, b * kTile); begin += kTile)
-        f(begin, std::min(kTile, n - begin));
-    });
-  }
-
-  std::string name_;
-  at::Tensor of_;
-  bool packed_ = false;
-  CodedValues codes_;
-  at::Tensor dense_;
-};
-
-}  // namespace detail
 
 /// C: Int8, Int4, ... for codes; OnHost; OnDevice. Holds the model's tensors, not the module.
 /// Packed weights are frozen and have no average.
@@ -199,6 +98,46 @@ class ExponentialMovingAverage {
     for (const auto& one : averages_) all.emplace_back(one.name(), one.value());
     return all;
   }
+  /// All that update() needs to go on as if nothing had happened.
+  void save(::torch::serialize::OutputArchive& archive) const {
+    check_begun("save()");
+    archive.write("fourfold_average", c10::IValue(std::int64_t{1}));
+    archive.write("code", c10::IValue(detail::AverageOf<C>::code()));
+    archive.write("seed", c10::IValue(static_cast<std::int64_t>(seed_)));
+    archive.write("calls", c10::IValue(calls_));
+    archive.write("n_averaged", c10::IValue(n_averaged_));
+    archive.write("tensors", c10::IValue(static_cast<std::int64_t>(averages_.size())));
+    for (std::size_t i = 0; i < averages_.size(); ++i) {
+      ::torch::serialize::OutputArchive part(archive.compilation_unit());
+      averages_[i].save(part);
+      archive.write("average" + std::to_string(i), part);
+    }
+  }
+  /// Errors, nothing changed: a newer version, another model, another code, a damaged file.
+  void load(::torch::serialize::InputArchive& archive) {
+    const char* const what = "the file of an ExponentialMovingAverage";
+    const door::ArchiveReader file(archive, what);
+    file.read_version("fourfold_average", 1, "an ExponentialMovingAverage");
+    const std::string code = file.read_string("code");
+    TORCH_CHECK(code == detail::AverageOf<C>::code(), what, " is in ", code, ", and this one in ",
+                detail::AverageOf<C>::code(), "; load it into an ExponentialMovingAverage<", code,
+                ">");
+    const std::int64_t tensors = file.read_int("tensors");
+    TORCH_CHECK(tensors == static_cast<std::int64_t>(averages_.size()), what, " holds ", tensors,
+                " tensors, and this model has ", averages_.size(),
+                ": it is of another model, or of other use_buffers");
+    std::vector<detail::AverageOf<C>> loaded;
+    for (std::size_t i = 0; i < averages_.size(); ++i) {
+      ::torch::serialize::InputArchive part;
+      file.read_part("average" + std::to_string(i), part);
+      loaded.push_back(averages_[i].loaded(part));
+    }
+    const std::int64_t seed = file.read_int("seed"), calls = file.read_int("calls");
+    n_averaged_ = file.read_int("n_averaged");
+    seed_ = static_cast<std::uint64_t>(seed), calls_ = calls;
+    averages_ = std::move(loaded);
+  }
+
   /// The model's weights become the averages, for good.
   void copy_to_model() const {
     check_begun("copy_to_model()");

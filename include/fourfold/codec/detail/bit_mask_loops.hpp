@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 /// A tensor of two values to bits and back, by the bit patterns of its values: 64 values a turn.
+#include <fourfold/core/intrinsics.hpp>
 #include <fourfold/core/isa.hpp>
 
 #include <algorithm>
@@ -8,15 +9,7 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
-
-#if defined(__GNUC__) && !defined(__clang__)  // GCC 12 warns of its own intrinsics (bug 105593)
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#endif
+FOURFOLD_INTRINSICS_BEGIN
 
 namespace fourfold::inline v0::detail {
 
@@ -35,11 +28,9 @@ void select64_scalar(U* p, std::uint64_t bits, U value) {
 }
 
 #if defined(__x86_64__)
-#define FOURFOLD_MASK_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl")))
-#define FOURFOLD_MASK_AVX2 __attribute__((target("avx2")))
 
 template <class U>
-FOURFOLD_MASK_AVX512 inline std::uint64_t equal64_avx512(const U* p, U value) {
+FOURFOLD_AVX512 inline std::uint64_t equal64_avx512(const U* p, U value) {
   std::uint64_t bits = 0;
   constexpr int lanes = 64 / sizeof(U);
   for (int i = 0; i < 64; i += lanes) {
@@ -58,7 +49,7 @@ FOURFOLD_MASK_AVX512 inline std::uint64_t equal64_avx512(const U* p, U value) {
   return bits;
 }
 template <class U>
-FOURFOLD_MASK_AVX512 inline void select64_avx512(U* p, std::uint64_t bits, U value) {
+FOURFOLD_AVX512 inline void select64_avx512(U* p, std::uint64_t bits, U value) {
   constexpr int lanes = 64 / sizeof(U);
   for (int i = 0; i < 64; i += lanes) {
     __m512i v;
@@ -75,7 +66,7 @@ FOURFOLD_MASK_AVX512 inline void select64_avx512(U* p, std::uint64_t bits, U val
 }
 
 template <class U>
-FOURFOLD_MASK_AVX2 inline std::uint64_t equal64_avx2(const U* p, U value) {
+FOURFOLD_AVX2 inline std::uint64_t equal64_avx2(const U* p, U value) {
   std::uint64_t bits = 0;
   constexpr int lanes = 32 / sizeof(U);
   const auto* vectors = reinterpret_cast<const __m256i*>(p);
@@ -102,7 +93,7 @@ FOURFOLD_MASK_AVX2 inline std::uint64_t equal64_avx2(const U* p, U value) {
   return bits;
 }
 template <class U>
-FOURFOLD_MASK_AVX2 inline void select64_avx2(U* p, std::uint64_t bits, U value) {
+FOURFOLD_AVX2 inline void select64_avx2(U* p, std::uint64_t bits, U value) {
   if constexpr (sizeof(U) == 4) {
     const __m256i all = _mm256_set1_epi32(static_cast<int>(value));
     const __m256i place = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
@@ -205,6 +196,4 @@ void bits_to_mask(const std::uint8_t* bits, std::int64_t begin, std::int64_t end
 
 }  // namespace fourfold::inline v0::detail
 
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic pop
-#endif
+FOURFOLD_INTRINSICS_END

@@ -3,6 +3,7 @@
 /// companded_code.hpp for one whole group of 128 values at a time: plain, AVX2, AVX-512, with the
 /// same codes on each. Callers pad a tail group with zeros.
 #include <fourfold/codec/companded_code.hpp>
+#include <fourfold/core/intrinsics.hpp>
 #include <fourfold/core/isa.hpp>
 
 #include <algorithm>
@@ -10,17 +11,7 @@
 #include <limits>
 #include <type_traits>
 
-#if defined(__x86_64__)
-#include <immintrin.h>
-#define FOURFOLD_COMPANDED_AVX2 __attribute__((target("avx2,fma")))
-#define FOURFOLD_COMPANDED_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl")))
-#endif
-
-#if defined(__GNUC__) && !defined(__clang__)  // GCC 12 warns of its own intrinsics (bug 105593)
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#endif
+FOURFOLD_INTRINSICS_BEGIN
 
 namespace fourfold::inline v0 {
 namespace companded::detail {
@@ -33,7 +24,7 @@ inline float uniform(const std::uint16_t* random, int i) {
 }
 
 #if defined(__x86_64__)
-FOURFOLD_COMPANDED_AVX512 inline std::uint32_t largest_bits_avx512(const float* values, bool sign) {
+FOURFOLD_AVX512 inline std::uint32_t largest_bits_avx512(const float* values, bool sign) {
   const __m512i keep = _mm512_set1_epi32(sign ? -1 : 0x7FFFFFFF);
   __m512i largest = _mm512_setzero_si512();
   for (int i = 0; i < kGroup; i += 16) {
@@ -43,7 +34,7 @@ FOURFOLD_COMPANDED_AVX512 inline std::uint32_t largest_bits_avx512(const float* 
   return _mm512_reduce_max_epu32(largest);
 }
 
-FOURFOLD_COMPANDED_AVX2 inline std::uint32_t largest_bits_avx2(const float* values, bool sign) {
+FOURFOLD_AVX2 inline std::uint32_t largest_bits_avx2(const float* values, bool sign) {
   const __m256i keep = _mm256_set1_epi32(sign ? -1 : 0x7FFFFFFF);
   __m256i largest = _mm256_setzero_si256();
   for (int i = 0; i < kGroup; i += 8) {
@@ -57,7 +48,7 @@ FOURFOLD_COMPANDED_AVX2 inline std::uint32_t largest_bits_avx2(const float* valu
   return static_cast<std::uint32_t>(_mm_cvtsi128_si32(four));
 }
 
-FOURFOLD_COMPANDED_AVX512 inline __m512 uniform_avx512(const std::uint16_t* random, int i) {
+FOURFOLD_AVX512 inline __m512 uniform_avx512(const std::uint16_t* random, int i) {
   if (random == nullptr) return _mm512_set1_ps(0.5F);
   const __m512i bits =
       _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(random + i)));
@@ -65,7 +56,7 @@ FOURFOLD_COMPANDED_AVX512 inline __m512 uniform_avx512(const std::uint16_t* rand
                          _mm512_set1_ps(0.5F / 65536.0F));  // exact: 17 bits
 }
 
-FOURFOLD_COMPANDED_AVX2 inline __m256 uniform_avx2(const std::uint16_t* random, int i) {
+FOURFOLD_AVX2 inline __m256 uniform_avx2(const std::uint16_t* random, int i) {
   if (random == nullptr) return _mm256_set1_ps(0.5F);
   const __m256i bits =
       _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(random + i)));
@@ -75,7 +66,7 @@ FOURFOLD_COMPANDED_AVX2 inline __m256 uniform_avx2(const std::uint16_t* random, 
 
 /// Four times eight codes to bytes, in order; Saturate tells signed from unsigned bytes.
 template <bool Signed>
-FOURFOLD_COMPANDED_AVX2 inline __m256i bytes_avx2(const __m256i* codes) {
+FOURFOLD_AVX2 inline __m256i bytes_avx2(const __m256i* codes) {
   const __m256i low = _mm256_packs_epi32(codes[0], codes[1]);
   const __m256i high = _mm256_packs_epi32(codes[2], codes[3]);
   const __m256i bytes = Signed ? _mm256_packs_epi16(low, high) : _mm256_packus_epi16(low, high);
@@ -83,9 +74,8 @@ FOURFOLD_COMPANDED_AVX2 inline __m256i bytes_avx2(const __m256i* codes) {
 }
 
 template <bool State>
-FOURFOLD_COMPANDED_AVX512 inline void encode_avx512(Softsign, const float* values,
-                                                    std::int8_t* codes, float scale,
-                                                    const std::uint16_t* random) {
+FOURFOLD_AVX512 inline void encode_avx512(Softsign, const float* values, std::int8_t* codes,
+                                          float scale, const std::uint16_t* random) {
   const __m512 half = _mm512_set1_ps(softsign_half(scale));
   const __m512 whole = _mm512_set1_ps(scale * softsign_half(scale));
   for (int i = 0; i < kGroup; i += 16) {
@@ -107,8 +97,8 @@ FOURFOLD_COMPANDED_AVX512 inline void encode_avx512(Softsign, const float* value
 }
 
 template <bool State>
-FOURFOLD_COMPANDED_AVX2 inline void encode_avx2(Softsign, const float* values, std::int8_t* codes,
-                                                float scale, const std::uint16_t* random) {
+FOURFOLD_AVX2 inline void encode_avx2(Softsign, const float* values, std::int8_t* codes,
+                                      float scale, const std::uint16_t* random) {
   const __m256 half = _mm256_set1_ps(softsign_half(scale));
   const __m256 whole = _mm256_set1_ps(scale * softsign_half(scale));
   for (int i = 0; i < kGroup; i += 32) {
@@ -132,8 +122,8 @@ FOURFOLD_COMPANDED_AVX2 inline void encode_avx2(Softsign, const float* values, s
 }
 
 template <bool State>
-FOURFOLD_COMPANDED_AVX512 inline void encode_avx512(Sqrt, const float* values, std::uint8_t* codes,
-                                                    float inverse, const std::uint16_t* random) {
+FOURFOLD_AVX512 inline void encode_avx512(Sqrt, const float* values, std::uint8_t* codes,
+                                          float inverse, const std::uint16_t* random) {
   for (int i = 0; i < kGroup; i += 16) {
     const __m512 root = _mm512_sqrt_ps(_mm512_loadu_ps(values + i));
     const __m512 x =
@@ -154,8 +144,8 @@ FOURFOLD_COMPANDED_AVX512 inline void encode_avx512(Sqrt, const float* values, s
 }
 
 template <bool State>
-FOURFOLD_COMPANDED_AVX2 inline void encode_avx2(Sqrt, const float* values, std::uint8_t* codes,
-                                                float inverse, const std::uint16_t* random) {
+FOURFOLD_AVX2 inline void encode_avx2(Sqrt, const float* values, std::uint8_t* codes, float inverse,
+                                      const std::uint16_t* random) {
   for (int i = 0; i < kGroup; i += 32) {
     __m256i four[4];
     for (int part = 0; part < 4; ++part) {
@@ -179,8 +169,8 @@ FOURFOLD_COMPANDED_AVX2 inline void encode_avx2(Sqrt, const float* values, std::
   }
 }
 
-FOURFOLD_COMPANDED_AVX512 inline void decode_avx512(Softsign, const std::int8_t* codes, float scale,
-                                                    float* out) {
+FOURFOLD_AVX512 inline void decode_avx512(Softsign, const std::int8_t* codes, float scale,
+                                          float* out) {
   for (int i = 0; i < kGroup; i += 16) {
     const __m512 k = _mm512_cvtepi32_ps(
         _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + i))));
@@ -189,8 +179,7 @@ FOURFOLD_COMPANDED_AVX512 inline void decode_avx512(Softsign, const std::int8_t*
   }
 }
 
-FOURFOLD_COMPANDED_AVX2 inline void decode_avx2(Softsign, const std::int8_t* codes, float scale,
-                                                float* out) {
+FOURFOLD_AVX2 inline void decode_avx2(Softsign, const std::int8_t* codes, float scale, float* out) {
   for (int i = 0; i < kGroup; i += 8) {
     const __m256 k = _mm256_cvtepi32_ps(
         _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes + i))));
@@ -200,8 +189,8 @@ FOURFOLD_COMPANDED_AVX2 inline void decode_avx2(Softsign, const std::int8_t* cod
   }
 }
 
-FOURFOLD_COMPANDED_AVX512 inline void decode_avx512(Sqrt, const std::uint8_t* codes, float scale,
-                                                    float* out) {
+FOURFOLD_AVX512 inline void decode_avx512(Sqrt, const std::uint8_t* codes, float scale,
+                                          float* out) {
   for (int i = 0; i < kGroup; i += 16) {
     const __m512 k = _mm512_cvtepi32_ps(
         _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + i))));
@@ -210,8 +199,7 @@ FOURFOLD_COMPANDED_AVX512 inline void decode_avx512(Sqrt, const std::uint8_t* co
   }
 }
 
-FOURFOLD_COMPANDED_AVX2 inline void decode_avx2(Sqrt, const std::uint8_t* codes, float scale,
-                                                float* out) {
+FOURFOLD_AVX2 inline void decode_avx2(Sqrt, const std::uint8_t* codes, float scale, float* out) {
   for (int i = 0; i < kGroup; i += 8) {
     const __m256 k = _mm256_cvtepi32_ps(
         _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes + i))));
@@ -275,8 +263,4 @@ void decode_group(const Code* codes, float scale, float* out, Isa isa) {
 
 }  // namespace companded::detail
 }  // namespace fourfold::inline v0
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic pop
-#endif
-#undef FOURFOLD_COMPANDED_AVX2
-#undef FOURFOLD_COMPANDED_AVX512
+FOURFOLD_INTRINSICS_END

@@ -5,15 +5,13 @@
 #if defined(__x86_64__)
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
-#include <immintrin.h>
 #include <fourfold/codec/detail/group_int_scalar.hpp>
 #include <fourfold/codec/int_code.hpp>
+#include <fourfold/core/intrinsics.hpp>
 #include <fourfold/core/random.hpp>
 
 #include <algorithm>
 #include <cstdint>
-
-#define FOURFOLD_AVX2 __attribute__((target("avx2,fma,f16c")))
 
 namespace fourfold::inline v0::detail::avx2 {
 

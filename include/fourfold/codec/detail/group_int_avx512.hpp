@@ -5,19 +5,15 @@
 #if defined(__x86_64__)
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
-#include <immintrin.h>
 #include <fourfold/codec/detail/group_int_scalar.hpp>
 #include <fourfold/codec/detail/group_words_avx512.hpp>
 #include <fourfold/codec/int_code.hpp>
+#include <fourfold/core/intrinsics.hpp>
 
 #include <algorithm>
 #include <cstdint>
 
-#if defined(__GNUC__) && !defined(__clang__)  // GCC 12 warns of its own intrinsics (bug 105593)
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#endif
+FOURFOLD_INTRINSICS_BEGIN
 
 namespace fourfold::inline v0::detail::avx512 {
 
@@ -228,8 +224,6 @@ FOURFOLD_AVX512 inline void decode_group(IntFormat f, std::uint32_t word, const 
 }
 
 }  // namespace fourfold::inline v0::detail::avx512
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic pop
-#endif
+FOURFOLD_INTRINSICS_END
 
 #endif  // __x86_64__

@@ -6,19 +6,13 @@
 #if defined(__x86_64__)
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
-#include <immintrin.h>
 #include <fourfold/codec/int_code.hpp>
+#include <fourfold/core/intrinsics.hpp>
 
 #include <cfloat>
 #include <cstdint>
 
-#define FOURFOLD_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c,avx2")))
-
-#if defined(__GNUC__) && !defined(__clang__)  // GCC 12 warns of its own intrinsics (bug 105593)
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#endif
+FOURFOLD_INTRINSICS_BEGIN
 
 namespace fourfold::inline v0::detail::avx512 {
 
@@ -176,8 +170,6 @@ FOURFOLD_AVX512 inline void words_of_16(IntFormat f, const T* values, bool stoch
 }
 
 }  // namespace fourfold::inline v0::detail::avx512
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic pop
-#endif
+FOURFOLD_INTRINSICS_END
 
 #endif  // __x86_64__

@@ -7,6 +7,7 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
 #include <c10/core/GradMode.h>
+#include <fourfold/core/intrinsics.hpp>
 #include <fourfold/core/isa.hpp>
 #include <fourfold/core/parallel.hpp>
 
@@ -15,17 +16,14 @@
 #include <cstdint>
 #include <type_traits>
 #include <vector>
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
 
 namespace fourfold::inline v0::detail::low_rank {
 
 #if defined(__x86_64__)
 /// out (columns) = left (rank) right (rank, columns); gives how many columns it did.
-__attribute__((target("avx2,fma"))) inline std::int64_t combine_rows_avx2(
-    const float* left, std::int64_t rank, const float* right, std::int64_t stride,
-    std::int64_t columns, float* out) {
+FOURFOLD_AVX2 inline std::int64_t combine_rows_avx2(const float* left, std::int64_t rank,
+                                                    const float* right, std::int64_t stride,
+                                                    std::int64_t columns, float* out) {
   std::int64_t j = 0;
   for (; j + 32 <= columns; j += 32) {
     __m256 sum[4] = {_mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps(),

@@ -3,23 +3,14 @@
 /// nf4_code.hpp for runs of values that share a scale: plain, AVX2, AVX-512, with the same codes on
 /// each. `n` is a multiple of 32; callers pad a tail with zeros.
 #include <fourfold/codec/nf4_code.hpp>
+#include <fourfold/core/intrinsics.hpp>
 #include <fourfold/core/isa.hpp>
 
 #include <algorithm>
 #include <bit>
 #include <cmath>
 
-#if defined(__x86_64__)
-#include <immintrin.h>
-#define FOURFOLD_NF4_AVX2 __attribute__((target("avx2,fma")))
-#define FOURFOLD_NF4_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl")))
-#endif
-
-#if defined(__GNUC__) && !defined(__clang__)  // GCC 12 warns of its own intrinsics (bug 105593)
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#endif
+FOURFOLD_INTRINSICS_BEGIN
 
 namespace fourfold::inline v0 {
 namespace nf4::detail {
@@ -29,7 +20,7 @@ namespace nf4::detail {
 using Sums = std::array<float, 16>;
 
 #if defined(__x86_64__)
-FOURFOLD_NF4_AVX512 inline __m512i count_below_avx512(__m512 thresholds, __m512 x) {
+FOURFOLD_AVX512 inline __m512i count_below_avx512(__m512 thresholds, __m512 x) {
   __m512i count = _mm512_setzero_si512();
   for (int step = 8; step > 0; step /= 2) {
     const __m512i probe = _mm512_add_epi32(count, _mm512_set1_epi32(step - 1));
@@ -41,8 +32,8 @@ FOURFOLD_NF4_AVX512 inline __m512i count_below_avx512(__m512 thresholds, __m512 
 }
 
 template <class L = NormalLevels>
-FOURFOLD_NF4_AVX512 inline void encode_avx512(const float* values, std::int64_t n, float scale,
-                                              const std::uint16_t* random, std::uint8_t* codes) {
+FOURFOLD_AVX512 inline void encode_avx512(const float* values, std::int64_t n, float scale,
+                                          const std::uint16_t* random, std::uint8_t* codes) {
   const __m512 levels = _mm512_loadu_ps(L::kLevels.data()), gaps = _mm512_loadu_ps(L::kGaps.data());
   const __m512 thresholds =
       _mm512_loadu_ps(random == nullptr ? L::kMidpoints.data() : L::kInner.data());
@@ -65,8 +56,8 @@ FOURFOLD_NF4_AVX512 inline void encode_avx512(const float* values, std::int64_t 
 }
 
 template <class L = NormalLevels>
-FOURFOLD_NF4_AVX512 inline void decode_avx512(const std::uint8_t* codes, std::int64_t n,
-                                              float scale, float* out) {
+FOURFOLD_AVX512 inline void decode_avx512(const std::uint8_t* codes, std::int64_t n, float scale,
+                                          float* out) {
   const __m512 levels = _mm512_loadu_ps(L::kLevels.data());
   const __m128i low = _mm_set1_epi8(15);
   for (std::int64_t i = 0; i < n; i += 32) {
@@ -82,8 +73,8 @@ FOURFOLD_NF4_AVX512 inline void decode_avx512(const std::uint8_t* codes, std::in
   }
 }
 
-FOURFOLD_NF4_AVX512 inline Sums squared_error_avx512(const float* values, std::int64_t n,
-                                                     float largest, float share) {
+FOURFOLD_AVX512 inline Sums squared_error_avx512(const float* values, std::int64_t n, float largest,
+                                                 float share) {
   const __m512 levels = _mm512_loadu_ps(kLevels.data()), mid = _mm512_loadu_ps(kMidpoints.data());
   const __m512 inverse = _mm512_set1_ps(1.0F / share);
   __m512 sum = _mm512_setzero_ps();
@@ -100,14 +91,13 @@ FOURFOLD_NF4_AVX512 inline Sums squared_error_avx512(const float* values, std::i
 }
 
 /// table[index] of 16 floats.
-FOURFOLD_NF4_AVX2 inline __m256 look_up_avx2(const std::array<float, 16>& table, __m256i index) {
+FOURFOLD_AVX2 inline __m256 look_up_avx2(const std::array<float, 16>& table, __m256i index) {
   const __m256 low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table.data()), index);
   const __m256 high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table.data() + 8), index);
   return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)));  // bit 3
 }
 
-FOURFOLD_NF4_AVX2 inline __m256i count_below_avx2(const std::array<float, 16>& thresholds,
-                                                  __m256 x) {
+FOURFOLD_AVX2 inline __m256i count_below_avx2(const std::array<float, 16>& thresholds, __m256 x) {
   __m256i count = _mm256_setzero_si256();
   for (int step = 8; step > 0; step /= 2) {
     const __m256i probe = _mm256_add_epi32(count, _mm256_set1_epi32(step - 1));
@@ -119,8 +109,8 @@ FOURFOLD_NF4_AVX2 inline __m256i count_below_avx2(const std::array<float, 16>& t
 }
 
 template <class L = NormalLevels>
-FOURFOLD_NF4_AVX2 inline void encode_avx2(const float* values, std::int64_t n, float scale,
-                                          const std::uint16_t* random, std::uint8_t* codes) {
+FOURFOLD_AVX2 inline void encode_avx2(const float* values, std::int64_t n, float scale,
+                                      const std::uint16_t* random, std::uint8_t* codes) {
   const std::array<float, 16>& thresholds = random == nullptr ? L::kMidpoints : L::kInner;
   for (std::int64_t i = 0; i < n; i += 32) {
     __m256i four[4];
@@ -151,8 +141,8 @@ FOURFOLD_NF4_AVX2 inline void encode_avx2(const float* values, std::int64_t n, f
 }
 
 template <class L = NormalLevels>
-FOURFOLD_NF4_AVX2 inline void decode_avx2(const std::uint8_t* codes, std::int64_t n, float scale,
-                                          float* out) {
+FOURFOLD_AVX2 inline void decode_avx2(const std::uint8_t* codes, std::int64_t n, float scale,
+                                      float* out) {
   const __m128i low = _mm_set1_epi8(15);
   for (std::int64_t i = 0; i < n; i += 16) {
     const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes + i / 2));
@@ -167,8 +157,8 @@ FOURFOLD_NF4_AVX2 inline void decode_avx2(const std::uint8_t* codes, std::int64_
   }
 }
 
-FOURFOLD_NF4_AVX2 inline Sums squared_error_avx2(const float* values, std::int64_t n, float largest,
-                                                 float share) {
+FOURFOLD_AVX2 inline Sums squared_error_avx2(const float* values, std::int64_t n, float largest,
+                                             float share) {
   const __m256 inverse = _mm256_set1_ps(1.0F / share);
   __m256 sum[2] = {_mm256_setzero_ps(), _mm256_setzero_ps()};
   for (std::int64_t i = 0; i < n; i += 8) {
@@ -183,7 +173,7 @@ FOURFOLD_NF4_AVX2 inline Sums squared_error_avx2(const float* values, std::int64
   return sums;
 }
 
-FOURFOLD_NF4_AVX512 inline std::uint32_t largest_bits_avx512(const float* values, std::int64_t n) {
+FOURFOLD_AVX512 inline std::uint32_t largest_bits_avx512(const float* values, std::int64_t n) {
   __m512i largest = _mm512_setzero_si512();
   for (std::int64_t i = 0; i < n; i += 16)
     largest = _mm512_max_epu32(
@@ -191,7 +181,7 @@ FOURFOLD_NF4_AVX512 inline std::uint32_t largest_bits_avx512(const float* values
   return _mm512_reduce_max_epu32(largest);
 }
 
-FOURFOLD_NF4_AVX2 inline std::uint32_t largest_bits_avx2(const float* values, std::int64_t n) {
+FOURFOLD_AVX2 inline std::uint32_t largest_bits_avx2(const float* values, std::int64_t n) {
   __m256i largest = _mm256_setzero_si256();
   for (std::int64_t i = 0; i < n; i += 8)
     largest = _mm256_max_epu32(
@@ -299,8 +289,4 @@ inline float search_scale(const float* values, std::int64_t n, float largest, Is
 }  // namespace nf4::detail
 }  // namespace fourfold::inline v0
 
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic pop
-#endif
-#undef FOURFOLD_NF4_AVX2
-#undef FOURFOLD_NF4_AVX512
+FOURFOLD_INTRINSICS_END

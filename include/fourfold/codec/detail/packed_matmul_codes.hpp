@@ -4,6 +4,7 @@
 /// of 64 values is decoded into four registers and used from there. Values are those of decode(),
 /// bit for bit; only the order of the sums is this file's own.
 #include <fourfold/codec/group_int.hpp>
+#include <fourfold/core/intrinsics.hpp>
 #include <fourfold/core/isa.hpp>
 #include <fourfold/core/payload.hpp>
 
@@ -11,15 +12,8 @@
 #include <cstdint>
 #include <optional>
 #include <type_traits>
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
 
-#if defined(__GNUC__) && !defined(__clang__)  // GCC 12 warns of its own intrinsics (bug 105593)
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#endif
+FOURFOLD_INTRINSICS_BEGIN
 
 namespace fourfold::inline v0::detail::packed {
 
@@ -54,12 +48,10 @@ std::optional<GroupCodes> group_codes(Isa isa, const Payload& weight) {
 }
 
 #if defined(__x86_64__)
-#define FOURFOLD_CODES_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl")))
 
 /// Values [at, at + 64) of the matrix. 16 levels are a table in one register.
 template <int Bits>
-FOURFOLD_CODES_AVX512 inline void decode_block(const GroupCodes& matrix, std::int64_t at,
-                                               __m512* out) {
+FOURFOLD_AVX512 inline void decode_block(const GroupCodes& matrix, std::int64_t at, __m512* out) {
   const GroupDecoder d = group_decoder(matrix.format, matrix.words[at / matrix.format.group]);
   const __m512 scale = _mm512_set1_ps(d.scale), minimum = _mm512_set1_ps(d.minimum);
   const __m512i zero = _mm512_set1_epi32(d.zero);
@@ -91,8 +83,8 @@ FOURFOLD_CODES_AVX512 inline void decode_block(const GroupCodes& matrix, std::in
 /// sums (Rows, 4) = x (Rows, k) times rows [first, first + count) of the matrix, transposed; count
 /// <= 4.
 template <int Bits, int Rows>
-FOURFOLD_CODES_AVX512 void dot_codes_avx512(const GroupCodes& matrix, std::int64_t first,
-                                            std::int64_t count, const float* x, float* sums) {
+FOURFOLD_AVX512 void dot_codes_avx512(const GroupCodes& matrix, std::int64_t first,
+                                      std::int64_t count, const float* x, float* sums) {
   const std::int64_t k = matrix.columns;
   __m512 sum[4][Rows];
   for (auto& row : sum)
@@ -115,9 +107,9 @@ FOURFOLD_CODES_AVX512 void dot_codes_avx512(const GroupCodes& matrix, std::int64
 /// out (rows, k) += x (rows, 4) times rows [first, first + count) of the matrix; x is 0 beyond
 /// count.
 template <int Bits>
-FOURFOLD_CODES_AVX512 void add_codes_avx512(const GroupCodes& matrix, std::int64_t first,
-                                            std::int64_t count, const float* x, std::int64_t rows,
-                                            float* out) {
+FOURFOLD_AVX512 void add_codes_avx512(const GroupCodes& matrix, std::int64_t first,
+                                      std::int64_t count, const float* x, std::int64_t rows,
+                                      float* out) {
   const std::int64_t k = matrix.columns;
   for (std::int64_t at = 0; at < k; at += kCodeBlock) {
     __m512 w[4][4];
@@ -137,7 +129,6 @@ FOURFOLD_CODES_AVX512 void add_codes_avx512(const GroupCodes& matrix, std::int64
     }
   }
 }
-#undef FOURFOLD_CODES_AVX512
 #endif
 
 /// sums (m, 4) = x (m, k) times up to 4 rows of the matrix, transposed.
@@ -171,6 +162,4 @@ void add_codes([[maybe_unused]] const GroupCodes& matrix, [[maybe_unused]] std::
 }
 
 }  // namespace fourfold::inline v0::detail::packed
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic pop
-#endif
+FOURFOLD_INTRINSICS_END

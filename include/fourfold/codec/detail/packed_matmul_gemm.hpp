@@ -8,6 +8,7 @@
 /// The register block is that of Goto and van de Geijn, "Anatomy of high-performance matrix
 /// multiplication" (TOMS 2008), section 6: b's rows are loaded, a's values broadcast.
 #include <fourfold/core/host_device.hpp>
+#include <fourfold/core/intrinsics.hpp>
 #include <fourfold/core/isa.hpp>
 
 #include <algorithm>
@@ -15,15 +16,8 @@
 #include <concepts>
 #include <cstdint>
 #include <utility>
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
 
-#if defined(__GNUC__) && !defined(__clang__)  // GCC 12 warns of its own intrinsics (bug 105593)
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#endif
+FOURFOLD_INTRINSICS_BEGIN
 
 namespace fourfold::inline v0::detail::packed {
 
@@ -49,10 +43,9 @@ void multiply_panel_scalar(const T* a, std::int64_t a_stride, const T* b, std::i
 
 #if defined(__x86_64__)
 template <int Rows>  // 2 x 12 sums, 2 of b, 1 broadcast: 27 of 32 registers
-__attribute__((target("avx512f"))) void multiply_panel_avx512(const float* a, std::int64_t a_stride,
-                                                              const float* b, std::int64_t depth,
-                                                              float* c, std::int64_t c_stride,
-                                                              bool accumulate) {
+FOURFOLD_AVX512 void multiply_panel_avx512(const float* a, std::int64_t a_stride, const float* b,
+                                           std::int64_t depth, float* c, std::int64_t c_stride,
+                                           bool accumulate) {
   __m512 sum[Rows][2];
 #pragma GCC unroll 12
   for (int row = 0; row < Rows; ++row) {
@@ -76,10 +69,9 @@ __attribute__((target("avx512f"))) void multiply_panel_avx512(const float* a, st
 }
 
 template <int Rows>  // 3 x 4 sums, 4 of b: 16 of 16 registers
-__attribute__((target("avx2,fma"))) void multiply_panel_avx2(const float* a, std::int64_t a_stride,
-                                                             const float* b, std::int64_t depth,
-                                                             float* c, std::int64_t c_stride,
-                                                             bool accumulate) {
+FOURFOLD_AVX2 void multiply_panel_avx2(const float* a, std::int64_t a_stride, const float* b,
+                                       std::int64_t depth, float* c, std::int64_t c_stride,
+                                       bool accumulate) {
   __m256 sum[Rows][4];
 #pragma GCC unroll 4
   for (int row = 0; row < Rows; ++row)
@@ -157,6 +149,4 @@ void multiply_panels(Isa isa, const T* a, std::int64_t a_stride, const T* b, T* 
 }
 
 }  // namespace fourfold::inline v0::detail::packed
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic pop
-#endif
+FOURFOLD_INTRINSICS_END

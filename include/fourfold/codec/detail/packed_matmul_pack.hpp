@@ -5,17 +5,14 @@
 /// "depth" the one that is summed over. Panels that reach beyond the rectangle are filled up with
 /// zeros.
 #include <fourfold/codec/detail/packed_matmul_gemm.hpp>
+#include <fourfold/core/intrinsics.hpp>
 #include <fourfold/core/isa.hpp>
 #include <fourfold/core/payload.hpp>
 
 #include <algorithm>
 #include <cstdint>
 
-#if defined(__GNUC__) && !defined(__clang__)  // GCC 12 warns of its own intrinsics (bug 105593)
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#endif
+FOURFOLD_INTRINSICS_BEGIN
 
 namespace fourfold::inline v0::detail::packed {
 
@@ -37,9 +34,7 @@ void decode_rectangle(const Payload& weight, std::int64_t row, std::int64_t rows
 
 #if defined(__x86_64__)
 /// 16 x 16 values transposed; `to` has rows of kPanel values.
-__attribute__((target("avx512f,avx512dq"))) inline void transpose_16(const float* from,
-                                                                     std::int64_t stride,
-                                                                     float* to) {
+FOURFOLD_AVX512 inline void transpose_16(const float* from, std::int64_t stride, float* to) {
   __m512 r[16], t[16];
 #pragma GCC unroll 16
   for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_ps(from + i * stride);
@@ -71,8 +66,7 @@ __attribute__((target("avx512f,avx512dq"))) inline void transpose_16(const float
 }
 
 /// 8 x 8 values transposed; `to` has rows of kPanel values.
-__attribute__((target("avx2"))) inline void transpose_8(const float* from, std::int64_t stride,
-                                                        float* to) {
+FOURFOLD_AVX2 inline void transpose_8(const float* from, std::int64_t stride, float* to) {
   __m256 r[8], t[8];
 #pragma GCC unroll 8
   for (int i = 0; i < 8; ++i) r[i] = _mm256_loadu_ps(from + i * stride);
@@ -149,6 +143,4 @@ void pack_straight(const Payload& weight, std::int64_t first, std::int64_t free,
 }
 
 }  // namespace fourfold::inline v0::detail::packed
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic pop
-#endif
+FOURFOLD_INTRINSICS_END

@@ -6,6 +6,7 @@
 #include <fourfold/codec/detail/packed_matmul_codes.hpp>
 #include <fourfold/codec/detail/packed_matmul_gemm.hpp>
 #include <fourfold/codec/detail/packed_matmul_pack.hpp>
+#include <fourfold/core/intrinsics.hpp>
 #include <fourfold/core/isa.hpp>
 #include <fourfold/core/parallel.hpp>
 #include <fourfold/core/payload.hpp>
@@ -16,11 +17,7 @@
 #include <optional>
 #include <vector>
 
-#if defined(__GNUC__) && !defined(__clang__)  // GCC 12 warns of its own intrinsics (bug 105593)
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#endif
+FOURFOLD_INTRINSICS_BEGIN
 
 namespace fourfold::inline v0::detail::packed {
 
@@ -30,9 +27,8 @@ inline constexpr std::int64_t kRowColumns = 1024;  // of each, at most: 16 KiB i
 #if defined(__x86_64__)
 /// sums (Rows, 4) += x (Rows, columns) w^T, w (4, columns) with rows `w_stride` apart.
 template <int Rows>
-__attribute__((target("avx512f,avx512dq"))) void dot_block_avx512(
-    const float* x, std::int64_t x_stride, const float* w, std::int64_t w_stride,
-    std::int64_t columns, float* sums) {
+FOURFOLD_AVX512 void dot_block_avx512(const float* x, std::int64_t x_stride, const float* w,
+                                      std::int64_t w_stride, std::int64_t columns, float* sums) {
   __m512 sum[Rows][4];
   for (int i = 0; i < Rows; ++i)
     for (int j = 0; j < 4; ++j) sum[i][j] = _mm512_setzero_ps();
@@ -55,9 +51,9 @@ __attribute__((target("avx512f,avx512dq"))) void dot_block_avx512(
 
 /// out (Rows, columns) += x (Rows, 4) w, w (4, columns).
 template <int Rows>
-__attribute__((target("avx512f,avx512dq"))) void add_block_avx512(
-    const float* x, std::int64_t x_stride, const float* w, std::int64_t w_stride,
-    std::int64_t columns, float* out, std::int64_t out_stride) {
+FOURFOLD_AVX512 void add_block_avx512(const float* x, std::int64_t x_stride, const float* w,
+                                      std::int64_t w_stride, std::int64_t columns, float* out,
+                                      std::int64_t out_stride) {
   __m512 value[Rows][4];
   for (int i = 0; i < Rows; ++i)
     for (int j = 0; j < 4; ++j) value[i][j] = _mm512_set1_ps(x[i * x_stride + j]);
@@ -78,9 +74,8 @@ __attribute__((target("avx512f,avx512dq"))) void add_block_avx512(
 }
 
 template <int Rows>
-__attribute__((target("avx2,fma"))) void dot_block_avx2(const float* x, std::int64_t x_stride,
-                                                        const float* w, std::int64_t w_stride,
-                                                        std::int64_t columns, float* sums) {
+FOURFOLD_AVX2 void dot_block_avx2(const float* x, std::int64_t x_stride, const float* w,
+                                  std::int64_t w_stride, std::int64_t columns, float* sums) {
   __m256 sum[Rows][4];
   for (int i = 0; i < Rows; ++i)
     for (int j = 0; j < 4; ++j) sum[i][j] = _mm256_setzero_ps();
@@ -109,10 +104,9 @@ __attribute__((target("avx2,fma"))) void dot_block_avx2(const float* x, std::int
 }
 
 template <int Rows>
-__attribute__((target("avx2,fma"))) void add_block_avx2(const float* x, std::int64_t x_stride,
-                                                        const float* w, std::int64_t w_stride,
-                                                        std::int64_t columns, float* out,
-                                                        std::int64_t out_stride) {
+FOURFOLD_AVX2 void add_block_avx2(const float* x, std::int64_t x_stride, const float* w,
+                                  std::int64_t w_stride, std::int64_t columns, float* out,
+                                  std::int64_t out_stride) {
   __m256 value[Rows][4];
   for (int i = 0; i < Rows; ++i)
     for (int j = 0; j < 4; ++j) value[i][j] = _mm256_set1_ps(x[i * x_stride + j]);
@@ -271,6 +265,4 @@ void multiply_rows(Isa isa, const float* x, std::int64_t m, const Payload& weigh
 /// Rows of x up to which the functions above beat the panels, as measured.
 inline constexpr std::int64_t kFewRows = 8;
 }  // namespace fourfold::inline v0::detail::packed
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic pop
-#endif
+FOURFOLD_INTRINSICS_END

@@ -2,20 +2,13 @@
 #pragma once
 /// The random bits of core/random.hpp for many values at once: 16 bits a value, in the order of
 /// random_bits16, on every path the same.
+#include <fourfold/core/intrinsics.hpp>
 #include <fourfold/core/isa.hpp>
 #include <fourfold/core/random.hpp>
 
 #include <cstring>
 
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
-
-#if defined(__GNUC__) && !defined(__clang__)  // GCC 12 warns of its own intrinsics (bug 105593)
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#endif
+FOURFOLD_INTRINSICS_BEGIN
 
 namespace fourfold::inline v0 {
 namespace detail {
@@ -42,8 +35,8 @@ inline void random16_scalar(const PhiloxStream& stream, std::uint64_t block, std
 
 inline long long lane(std::uint64_t x) { return static_cast<long long>(x); }
 
-__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl"))) inline void random16_avx512(
-    const PhiloxStream& stream, std::uint64_t block, std::uint16_t* out) {
+FOURFOLD_AVX512 inline void random16_avx512(const PhiloxStream& stream, std::uint64_t block,
+                                            std::uint16_t* out) {
   const __m512i order = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
   const __m512i first = _mm512_set1_epi64(0xD2511F53), second = _mm512_set1_epi64(0xCD9E8D57);
   __m512i c0[2], c1[2], c2[2], c3[2];
@@ -73,9 +66,8 @@ __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl"))) inline void random
   }
 }
 
-__attribute__((target("avx2,fma"))) inline void random16_avx2(const PhiloxStream& stream,
-                                                              std::uint64_t block,
-                                                              std::uint16_t* out) {
+FOURFOLD_AVX2 inline void random16_avx2(const PhiloxStream& stream, std::uint64_t block,
+                                        std::uint16_t* out) {
   const __m256i order = _mm256_setr_epi64x(0, 2, 1, 3);
   const __m256i first = _mm256_set1_epi64x(0xD2511F53), second = _mm256_set1_epi64x(0xCD9E8D57);
   for (unsigned quarter = 0; quarter < 4; ++quarter) {
@@ -116,6 +108,4 @@ inline void random16(const PhiloxStream& stream, std::int64_t tile, std::uint16_
 
 }  // namespace detail
 }  // namespace fourfold::inline v0
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic pop
-#endif
+FOURFOLD_INTRINSICS_END

@@ -95,8 +95,8 @@ template <class = void>
       begin + rest.isfinite().logical_not().to(at::kByte).argmax().item<std::int64_t>();
   TORCH_CHECK(
       false, codec, ": value ", index, " of ", flat.numel(), " is ", flat[index].item<double>(),
-      ", and rounding to nearest takes finite fp32 numbers only; look for its origin, or use "
-      "compress(values, key), which carries it through (what shares its scale becomes NaN)");
+      ", and rounding to nearest takes finite fp32 numbers only; look for its origin (stochastic "
+      "rounding, compress(values, key), carries it through: what shares its scale becomes NaN)");
 }
 
 /// `bound` of the codes, widened by what arithmetic rounds: eight operations in fp32, one rounding

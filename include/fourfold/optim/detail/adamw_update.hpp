@@ -8,20 +8,13 @@
 /// p * decay and the quotient are added by an fma with 1, so that no compiler contracts the product
 /// into the sum: LibTorch rounds it first.
 #include <fourfold/core/host_device.hpp>
+#include <fourfold/core/intrinsics.hpp>
 #include <fourfold/core/isa.hpp>
 
 #include <cmath>
 #include <cstdint>
 
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
-
-#if defined(__GNUC__) && !defined(__clang__)  // GCC 12 warns of its own intrinsics (bug 105593)
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#endif
+FOURFOLD_INTRINSICS_BEGIN
 
 namespace fourfold::inline v0 {
 namespace optim::detail {
@@ -47,6 +40,15 @@ struct AdamWFactors {
         root(static_cast<float>(1 / std::sqrt(1 - std::pow(beta2, static_cast<double>(step))))),
         eps(static_cast<float>(epsilon)),
         rate(static_cast<float>(-(lr / (1 - std::pow(beta1, static_cast<double>(step)))))) {}
+
+  /// Those of one of a step's gradients: moments decay with the first, the weight moves with the
+  /// last, so that m takes up their sum and v the sum of their squares.
+  [[nodiscard]] AdamWFactors folded(bool first, bool last) const {
+    AdamWFactors k = *this;
+    if (!first) k.keep_first = k.keep_second = 1;
+    if (!last) k.decay = 1, k.rate = 0, k.eps = 1;
+    return k;
+  }
 };
 
 inline void update_scalar(float& p, float g, float& m, float& v, const AdamWFactors& k) {
@@ -57,8 +59,8 @@ inline void update_scalar(float& p, float g, float& m, float& v, const AdamWFact
 }
 
 #if defined(__x86_64__)
-__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl"))) inline std::int64_t update_avx512(
-    float* p, const float* g, float* m, float* v, std::int64_t n, const AdamWFactors& k) {
+FOURFOLD_AVX512 inline std::int64_t update_avx512(float* p, const float* g, float* m, float* v,
+                                                  std::int64_t n, const AdamWFactors& k) {
   const __m512 one = _mm512_set1_ps(1.0F);
   std::int64_t i = 0;
   for (; i + 16 <= n; i += 16) {
@@ -80,10 +82,8 @@ __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl"))) inline std::int64_
   return i;
 }
 
-__attribute__((target("avx2,fma"))) inline std::int64_t update_avx2(float* p, const float* g,
-                                                                    float* m, float* v,
-                                                                    std::int64_t n,
-                                                                    const AdamWFactors& k) {
+FOURFOLD_AVX2 inline std::int64_t update_avx2(float* p, const float* g, float* m, float* v,
+                                              std::int64_t n, const AdamWFactors& k) {
   const __m256 one = _mm256_set1_ps(1.0F);
   std::int64_t i = 0;
   for (; i + 8 <= n; i += 8) {
@@ -133,6 +133,4 @@ inline void update(double* p, const double* g, float* m, float* v, std::int64_t 
 }  // namespace optim::detail
 }  // namespace fourfold::inline v0
 
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic pop
-#endif
+FOURFOLD_INTRINSICS_END

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 /// master_codec.hpp in loops over n values: decode gives what a step sees, encode takes what it made.
-#include <fourfold/optim/detail/vectorised.hpp>
+#include <fourfold/optim/detail/convert.hpp>
 #include <fourfold/optim/master_codec.hpp>
 
 #include <cmath>

@@ -5,28 +5,19 @@
 /// for what is summed and once for the update; sums are of fixed parts in a fixed order, so that no
 /// number of threads changes a bit.
 #include <fourfold/core/parallel.hpp>
+#include <fourfold/core/squares.hpp>
 #include <fourfold/optim/detail/parameter_step.hpp>
 
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <iterator>
 #include <numeric>
 #include <vector>
 
 namespace fourfold::inline v0 {
 namespace optim::detail {
 
-/// Squares in double are exact, and 16 lanes sum the values of each 16 in the same order everywhere.
-struct SumSquares {
-  FOURFOLD_LOOP static void run(const float* __restrict x, std::int64_t n, double* __restrict sum) {
-    double lanes[16] = {};
-    std::int64_t i = 0;
-    for (; i + 16 <= n; i += 16)
-      for (std::int64_t j = 0; j < 16; ++j) lanes[j] += double{x[i + j]} * x[i + j];
-    for (std::int64_t j = 0; i < n; ++i, ++j) lanes[j] += double{x[i]} * x[i];
-    for (const double lane : lanes) *sum += lane;
-  }
-};
 /// sums[i] += x[i]^2
 struct AddSquares {
   FOURFOLD_LOOP static void run(double* __restrict sums, const float* __restrict x,
@@ -46,9 +37,9 @@ struct AddScaled {
 
 template <class = void>
 double sum_of_squares(const float* x, std::int64_t n, Isa isa) {
-  double sum = 0;
-  run_vectorised<SumSquares>(isa, x, n, &sum);
-  return sum;
+  double lanes[fourfold::detail::kSquareLanes] = {};
+  fourfold::detail::add_squares(lanes, x, n, isa);
+  return std::accumulate(std::begin(lanes), std::end(lanes), 0.0);
 }
 template <class = void>
 double total(const std::vector<double>& parts) {

@@ -38,6 +38,12 @@ struct StepKeys {
   std::optional<Key> first, second, master;
   Key matrix;  ///< of random projections; its step is the rule's to set
 
+  /// Of one of a step's gradients.
+  void of_micro_batch(std::int64_t index) {
+    for (std::optional<Key>* key : {&first, &second, &master})
+      if (*key) (*key)->forward = static_cast<std::uint64_t>(index);
+  }
+
   StepKeys() = default;
   /// `storage`: two numbers a parameter, one for each moment; the others have numbers far from both.
   /// Forward 0 is no scope's.

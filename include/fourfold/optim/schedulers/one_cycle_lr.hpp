@@ -38,7 +38,8 @@ struct OneCycleLROptions {
   double div_factor = 25;         ///< the first rate is max_lr / div_factor
   double final_div_factor = 1e4;  ///< the last is the first / final_div_factor
   bool three_phase = false;       ///< up, down to the first rate, down to the last
-  /// Sets the momentum of a group whose options are not LibTorch's for Adam, AdamW, SGD or RMSprop.
+  /// Sets the momentum of a group whose options are neither LibTorch's for Adam, AdamW, SGD or RMSprop
+  /// nor this library's.
   std::function<void(::torch::optim::OptimizerOptions&, double)> set_momentum = nullptr;
 };
 

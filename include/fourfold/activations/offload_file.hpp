@@ -1,0 +1,116 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+/// A file without a name: pieces of memory, written, read back, and their room used again.
+///
+/// Its name is removed as soon as it is open, so that whatever ends the process, nothing is left.
+/// Written and read by calls rather than through a mapping: a full disk is then an error of one
+/// write, where a mapping would end the process (SIGBUS), and what is read back lies in memory that
+/// LibTorch's allocator counts.
+#include <c10/util/Exception.h>
+
+#include <fcntl.h>
+#include <signal.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstdint>
+#include <cstring>
+#include <map>
+#include <string>
+
+namespace fourfold::inline v0::detail {
+
+/// Any thread, but for allocate() and free(): one at a time.
+class OffloadFile {
+ public:
+  explicit OffloadFile(const std::string& directory) {
+    std::string name = directory + "/fourfold-XXXXXX";
+    file_ = ::mkostemp(name.data(), O_CLOEXEC);
+    TORCH_CHECK(file_ >= 0, "fourfold::Offload: cannot make a file in '", directory,
+                "': ", std::strerror(errno),
+                "; name a directory that this process may write to, on a disk, in "
+                "OffloadOptions::directory");
+    ::unlink(name.c_str());
+  }
+  ~OffloadFile() { ::close(file_); }
+  OffloadFile(const OffloadFile&) = delete;
+  OffloadFile& operator=(const OffloadFile&) = delete;
+
+  /// Where so many bytes may stand: the first gap that is wide enough, or the end.
+  [[nodiscard]] std::int64_t allocate(std::int64_t bytes) {
+    for (auto gap = gaps_.begin(); gap != gaps_.end(); ++gap) {
+      const auto [offset, width] = *gap;
+      if (width < bytes) continue;
+      gaps_.erase(gap);
+      if (width > bytes) gaps_.emplace(offset + bytes, width - bytes);
+      return offset;
+    }
+    end_ += bytes;
+    return end_ - bytes;
+  }
+  void free(std::int64_t offset, std::int64_t bytes) {
+    auto gap = gaps_.emplace(offset, bytes).first;
+    if (const auto next = std::next(gap);
+        next != gaps_.end() && gap->first + gap->second == next->first)
+      gap->second += next->second, gaps_.erase(next);
+    if (gap != gaps_.begin())
+      if (const auto before = std::prev(gap); before->first + before->second == gap->first)
+        before->second += gap->second, gaps_.erase(gap), gap = before;
+    if (gap->first + gap->second == end_) end_ = gap->first, gaps_.erase(gap);
+  }
+  /// Bytes from its beginning to the last piece.
+  [[nodiscard]] std::int64_t size() const { return end_; }
+
+  /// 0, or the system's number of what went wrong.
+  [[nodiscard]] int write(const void* from, std::int64_t bytes, std::int64_t offset) noexcept {
+    const IgnoreFileLimit guard;
+    const char* next = static_cast<const char*>(from);
+    while (bytes > 0) {
+      const ::ssize_t done = ::pwrite(file_, next, piece(bytes), offset);
+      if (done < 0 && errno == EINTR) continue;
+      if (done <= 0) return done < 0 ? errno : ENOSPC;
+      next += done, offset += done, bytes -= done;
+    }
+    return 0;
+  }
+  [[nodiscard]] int read(void* to, std::int64_t bytes, std::int64_t offset) noexcept {
+    char* next = static_cast<char*>(to);
+    while (bytes > 0) {
+      const ::ssize_t done = ::pread(file_, next, piece(bytes), offset);
+      if (done < 0 && errno == EINTR) continue;
+      if (done <= 0) return done < 0 ? errno : EIO;  // shorter than what was written
+      next += done, offset += done, bytes -= done;
+    }
+    return 0;
+  }
+
+ private:
+  /// Beyond RLIMIT_FSIZE a write is an error here, and does not end the process.
+  struct IgnoreFileLimit {
+    IgnoreFileLimit() noexcept {
+      ::sigset_t one;
+      ::sigemptyset(&one), ::sigaddset(&one, SIGXFSZ);
+      ::pthread_sigmask(SIG_BLOCK, &one, &before);
+    }
+    ~IgnoreFileLimit() {
+      if (::sigismember(&before, SIGXFSZ) == 1) return;
+      ::sigset_t one;  // what is pending would be delivered as soon as it is let through
+      ::sigemptyset(&one), ::sigaddset(&one, SIGXFSZ);
+      const ::timespec now{};
+      while (::sigtimedwait(&one, nullptr, &now) == SIGXFSZ) {
+      }
+      ::pthread_sigmask(SIG_SETMASK, &before, nullptr);
+    }
+    ::sigset_t before{};
+  };
+  static std::size_t piece(std::int64_t bytes) {
+    return static_cast<std::size_t>(std::min<std::int64_t>(bytes, std::int64_t{1} << 30));
+  }
+
+  int file_ = -1;
+  std::int64_t end_ = 0;
+  std::map<std::int64_t, std::int64_t> gaps_;  // offset, bytes; never two that touch
+};
+
+}  // namespace fourfold::inline v0::detail
