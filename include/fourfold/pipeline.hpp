@@ -158,7 +158,7 @@ class CompressionPipeline {
     static_assert(kHas<Role::kBudget>,
                   "a budget needs the policy Budget<>: include <fourfold/plan/budget.hpp> and name "
                   "it among the pipeline's policies");
-    static_assert(kHas<Role::kActivations> || kHas<Role::kRecompute>,
+    static_assert(kHas<Role::kActivations> || kHas<Role::kRecompute> || kHas<Role::kOffload>,
                   "Budget<> chooses among what other policies do: add Activations<...> (packed), "
                   "Recompute<...> (exact), or both");
     build(model, &options);
@@ -273,11 +273,14 @@ class CompressionPipeline {
   void build(M& model, const PlanOptions* plan) {
     torch::nn::Module& module = detail::module_of(model, "CompressionPipeline");
     ActivationOptions options;
-    if constexpr (kHas<Role::kBudget>)  // first: an error leaves the model as it was
+    // First: an error leaves the model as it was.
+    if constexpr (kHas<Role::kOffload>)
+      options.offload = PolicyOf<Role::kOffload>::make(/*planned=*/plan != nullptr);
+    if constexpr (kHas<Role::kBudget>)
       if (plan != nullptr)
         options.plan = PolicyOf<Role::kBudget>::template make<PolicyOf<Role::kActivations>>(
-            *plan, kHas<Role::kWeights> ? NamedTensors{} : parameters_of(model, "Budget"));
-    if constexpr (kHas<Role::kOffload>) options.offload = PolicyOf<Role::kOffload>::make();
+            *plan, kHas<Role::kWeights> ? NamedTensors{} : parameters_of(model, "Budget"),
+            options.offload);
     if constexpr (kHas<Role::kBlocks>) {  // first: it undoes itself, and packing rounds
       state_->block_every = PolicyOf<Role::kBlocks>::every;
       state_->wrapped_blocks = wrap_sequential_blocks(module);

@@ -17,12 +17,19 @@
 /// somebody anyway (parameters, a batch). The file has no name, so nothing is left of it whatever
 /// ends the process; a full disk costs no step, since what does not fit stays in memory (one
 /// warning). What is saved last is not written (offloader.hpp). CPU tensors alone so far.
+///
+/// Beside Budget<> it is one more choice for each storage: exact, no memory, at the time that
+/// writing and reading were measured to take. What a plan offloads is written before the forward
+/// goes on, and read when it is asked for, so that the plan's bytes are those of the step.
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
 #include <fourfold/activations/offloader.hpp>
 #include <fourfold/activations/offloading.hpp>
 #include <fourfold/core/payload.hpp>
 #include <fourfold/core/policy.hpp>
 
+#include <algorithm>
 #include <cstdint>
 #include <memory>
 #include <string>
@@ -111,7 +118,10 @@ class OffloadedValues final : public Payload {
 
 class FileOffloading final : public Offloading {
  public:
-  explicit FileOffloading(OffloadOptions options) : offloader_(std::move(options)) {}
+  /// `planned`: a plan counts on the memory at once, so nothing waits in it or is read ahead, and
+  /// codes stay.
+  explicit FileOffloading(OffloadOptions options, bool planned = false)
+      : planned_(planned), offloader_(planned ? at_once(std::move(options)) : std::move(options)) {}
 
   std::shared_ptr<const Payload> offload(const at::Tensor& values,
                                          const at::Tensor& source) override {
@@ -122,6 +132,7 @@ class FileOffloading final : public Offloading {
                                              dense);
   }
   std::shared_ptr<const Payload> offload(std::shared_ptr<const Payload> codes) override {
+    if (planned_) return codes;
     std::vector<at::Tensor> buffers = codes->buffers();
     OffloadedCodes::Pieces pieces(buffers.size());
     bool any = false;
@@ -134,6 +145,21 @@ class FileOffloading final : public Offloading {
     if (!any) return codes;
     return std::make_shared<OffloadedCodes>(codes->with_buffers(std::move(buffers)),
                                             std::move(pieces));
+  }
+  double cost_ms(std::int64_t bytes) override {
+    constexpr std::int64_t kProbe = std::int64_t{1} << 22;
+    if (bytes < offloader_.options().min_bytes) return -1;
+    OffloadCounts counts = offloader_.counts();
+    if (counts.written == 0 || counts.read == 0) {
+      const auto piece = offloader_.put(at::zeros({kProbe}, at::kByte));
+      offloader_.settle();
+      static_cast<void>(piece->get());
+      counts = offloader_.counts();
+    }
+    if (counts.written == 0 || counts.read == 0) return -1;  // the disk is full
+    return static_cast<double>(bytes) *
+           (counts.write_ms / static_cast<double>(counts.written_bytes) +
+            counts.read_ms / static_cast<double>(counts.read_bytes));
   }
   void settle() noexcept override {
     try {
@@ -148,6 +174,11 @@ class FileOffloading final : public Offloading {
     return values.is_cpu() && values.numel() > 0 &&
            static_cast<std::int64_t>(values.nbytes()) >= offloader_.options().min_bytes;
   }
+  static OffloadOptions at_once(OffloadOptions options) {
+    options.bytes_in_flight = std::min<std::int64_t>(options.bytes_in_flight, 0);
+    return options;
+  }
+  const bool planned_;
   Offloader offloader_;
 };
 
@@ -162,8 +193,9 @@ struct DefaultOffload {
 template <class Where = DefaultOffload>
 struct Offload {
   static constexpr Role role = Role::kOffload;
-  [[nodiscard]] static std::shared_ptr<Offloading> make() {
-    return std::make_shared<detail::FileOffloading>(Where::options());
+  /// `planned`: a budget decides what is offloaded.
+  [[nodiscard]] static std::shared_ptr<Offloading> make(bool planned) {
+    return std::make_shared<detail::FileOffloading>(Where::options(), planned);
   }
 };
 static_assert(Policy<Offload<>>, "Offload must stay a policy");

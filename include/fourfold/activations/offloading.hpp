@@ -4,6 +4,7 @@
 #include <ATen/core/Tensor.h>
 #include <fourfold/core/payload.hpp>
 
+#include <cstdint>
 #include <memory>
 
 namespace fourfold::inline v0 {
@@ -18,6 +19,9 @@ class Offloading {
   /// The same codes, held elsewhere; `codes` itself where they stay in memory.
   [[nodiscard]] virtual std::shared_ptr<const Payload> offload(
       std::shared_ptr<const Payload> codes) = 0;
+  /// What it takes to write so many bytes and read them back, in milliseconds, as measured; below 0
+  /// where they stay in memory.
+  [[nodiscard]] virtual double cost_ms(std::int64_t bytes) = 0;
   /// A forward has ended: sources may be written to out of sight. Returns when none is being read.
   virtual void settle() noexcept = 0;
 };

@@ -49,6 +49,7 @@ class SavedPlan {
  public:
   struct Choice {
     bool keep = false;            ///< as it is
+    bool offload = false;         ///< as it is, but not in memory
     PackFunction pack = nullptr;  ///< where it is packed and not sensitive; null: by `pack`
     std::shared_ptr<StoredWatch> watch{};  ///< may be null
     std::uint32_t item = 0;                ///< what the watch knows it by

@@ -276,7 +276,9 @@ std::shared_ptr<door::Saved> BasicActivationStore<T>::hold(const at::Tensor& ten
   if (options_.plan != nullptr && tape != nullptr && !exact)
     choice = detail::ask_plan(*options_.plan, tensor, pack != options_.pack, *tape);
   if (choice.pack != nullptr) pack = choice.pack;
-  const Stored stored = choice.keep ? nullptr : encoder_.encode(tensor, extent, pack, tape);
+  const Stored stored = choice.keep      ? nullptr
+                        : choice.offload ? encoder_.offloaded(tensor, extent)
+                                         : encoder_.encode(tensor, extent, pack, tape);
   if (stored == nullptr) return keep(tensor, tape, /*written=*/true, choice);
   if (choice.watch != nullptr) stored->watch(std::move(choice.watch), choice.item);
   return as(stored, std::move(view));

@@ -13,7 +13,8 @@
 ///   std::cout << pipeline.plan();
 ///
 /// The other policies say what may be done: what Activations<Codec> packs and Recompute computes
-/// again may also be kept, or packed by a finer codec. Without Activations every choice is exact.
+/// again may also be kept, or packed by a finer codec, or offloaded as it is where the pipeline has
+/// Offload<>. Without Activations every choice is exact.
 /// Kept is what costs most time or variance for its bytes; see plan/planner.hpp for how, and
 /// plan/record.hpp for what variance means. The choices rest on times that were measured, so two
 /// runs may choose differently; losses are bit-equal where all choices are exact.
@@ -48,10 +49,12 @@ struct BudgetWith {
   static constexpr Role role = Role::kBudget;
   using Report = plan::PlanReport;
 
-  /// A plan for a store with these options; `Packing` is the pipeline's Activations, or void.
+  /// A plan for a store with these options; `Packing` is the pipeline's Activations, or void;
+  /// `offload` may be null.
   template <class Packing>
   [[nodiscard]] static std::shared_ptr<SavedPlan> make(const PlanOptions& options,
-                                                       const NamedTensors& parameters) {
+                                                       const NamedTensors& parameters,
+                                                       std::shared_ptr<Offloading> offload) {
     check(options, options.budget);
     std::int64_t weights = 0;
     for (const auto& [name, parameter] : parameters) {
@@ -71,7 +74,7 @@ struct BudgetWith {
        ...);
       rungs.push_back({Own::name(), pack_with<Own>});
     }
-    return std::make_shared<plan::Planner>(options, std::move(rungs));
+    return std::make_shared<plan::Planner>(options, std::move(rungs), std::move(offload));
   }
   [[nodiscard]] static Report report(SavedPlan& made) {
     return static_cast<plan::Planner&>(made).report();

@@ -50,6 +50,7 @@ struct PlanReport {
     case Way::Kind::kKeep: return "keep";
     case Way::Kind::kExact: return "exact code";
     case Way::Kind::kRebuild: return "compute again";
+    case Way::Kind::kOffload: return "offload";
     case Way::Kind::kPack:
       return storage.sensitive || way.rung >= rungs.size() ? "sensitive codec"
                                                            : rungs[way.rung].name;

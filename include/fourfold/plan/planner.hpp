@@ -29,8 +29,9 @@ namespace fourfold::inline v0::plan {
 
 class Planner final : public SavedPlan {
  public:
-  Planner(const PlanOptions& options, std::vector<Rung> rungs)
-      : options_(options), rungs_(std::move(rungs)) {}
+  Planner(const PlanOptions& options, std::vector<Rung> rungs,
+          std::shared_ptr<Offloading> offload = nullptr)
+      : options_(options), rungs_(std::move(rungs)), offload_(std::move(offload)) {}
 
   void forward_began(std::uint64_t forward) override {
     const std::lock_guard lock(mutex_);
@@ -75,6 +76,7 @@ class Planner final : public SavedPlan {
     known_[static_cast<std::size_t>(at)] = true;
     const Way way = plan_->way(static_cast<std::size_t>(at));
     choice.keep = way.kind == Way::Kind::kKeep;
+    choice.offload = way.kind == Way::Kind::kOffload;
     if (way.kind == Way::Kind::kPack && way.rung < rungs_.size())
       choice.pack = rungs_[way.rung].pack;
     return choice;
@@ -137,7 +139,7 @@ class Planner final : public SavedPlan {
     recording_ = known == nullptr;
     if (recording_) {
       record_next_ = false;
-      step_->record(rungs_);
+      step_->record(rungs_, offload_);
     } else {
       follow(known);
     }
@@ -242,6 +244,7 @@ class Planner final : public SavedPlan {
   mutable std::mutex mutex_;
   PlanOptions options_;
   const std::vector<Rung> rungs_;
+  const std::shared_ptr<Offloading> offload_;  // null: nothing leaves memory
   std::vector<std::shared_ptr<StepPlan>> plans_;
   std::shared_ptr<StepPlan> plan_;  // of the last step
   std::shared_ptr<Step> step_;

@@ -25,7 +25,7 @@ struct Rung {
 
 /// How a storage is held.
 struct Way {
-  enum class Kind { kKeep, kExact, kRebuild, kPack };
+  enum class Kind { kKeep, kExact, kRebuild, kPack, kOffload };
   Kind kind = Kind::kKeep;
   std::size_t rung = 0;  ///< of kPack
 };
@@ -56,6 +56,7 @@ struct StorageRecord {
   std::vector<Span> dense{};   ///< copies while they were read
   double pack_ms = 0, unpack_ms = 0;
   std::vector<RungEstimate> rungs{};  ///< from a sample of its values
+  double offload_ms = -1;             ///< to a file and back; below 0: it stays in memory
   int saved_at = -1, read_at = -1;    ///< positions; -1: never
   bool rebuild_fails = false;         ///< under another plan its inputs were not at hand
 
@@ -68,6 +69,8 @@ struct StorageRecord {
       for (std::size_t i = sensitive || rungs.empty() ? 0 : rungs.size(); i-- > 0;)
         out.push_back({Way::Kind::kPack, i});
     if (kind == StoredAs::kPacked && out.size() == 1) out.push_back({Way::Kind::kPack});
+    if (kind == StoredAs::kOffloaded || (kind == StoredAs::kPacked && offload_ms >= 0))
+      out.push_back({Way::Kind::kOffload});
     return out;
   }
   [[nodiscard]] double noise(const Way& way) const {
@@ -80,7 +83,14 @@ struct StorageRecord {
     for (const Span& span : held_as(way)) sum += span.bytes;
     return sum;
   }
+  /// Time that it adds to a step.
+  [[nodiscard]] double ms(const Way& way) const {
+    if (way.kind == Way::Kind::kKeep) return 0;
+    const bool measured = way.kind != Way::Kind::kOffload || kind == StoredAs::kOffloaded;
+    return measured ? pack_ms + unpack_ms : offload_ms;
+  }
   [[nodiscard]] std::vector<Span> held_as(const Way& way) const {
+    if (way.kind == Way::Kind::kOffload) return {};
     std::vector<Span> out = held;
     if (way.kind != Way::Kind::kPack || sensitive || rungs.empty()) return out;
     // What the codec held in the recorded step, which was the last rung, by another one.
@@ -135,10 +145,9 @@ struct StepRecord {
       Item item;
       for (const Way& way : storage.ways()) {
         const double share = all > 0 ? static_cast<double>(storage.bytes) / all : 0;
-        item.options.push_back(
-            {.ms = way.kind == Way::Kind::kKeep ? 0 : storage.pack_ms + storage.unpack_ms,
-             .variance = share * storage.noise(way),
-             .spans = storage.spans(way)});
+        item.options.push_back({.ms = storage.ms(way),
+                                .variance = share * storage.noise(way),
+                                .spans = storage.spans(way)});
       }
       if (item.options.size() == 1 && storage.kind == StoredAs::kKept) item.options[0].spans = {};
       out.items.push_back(std::move(item));

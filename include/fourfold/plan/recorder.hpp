@@ -7,11 +7,13 @@
 #include <ATen/ops/item.h>
 #include <c10/core/Storage.h>
 #include <c10/core/StorageImpl.h>
+#include <fourfold/activations/offloading.hpp>
 #include <fourfold/plan/record.hpp>
 
 #include <algorithm>
 #include <chrono>
 #include <cstdint>
+#include <memory>
 #include <utility>
 #include <vector>
 
@@ -20,8 +22,10 @@ namespace fourfold::inline v0::plan {
 class Recorder {
  public:
   /// `base`: what lives when the step begins, `gradients` of it gradients.
-  Recorder(std::int64_t base, std::int64_t gradients, std::vector<Rung> rungs)
-      : started_(Clock::now()) {
+  /// `offload` may be null.
+  Recorder(std::int64_t base, std::int64_t gradients, std::vector<Rung> rungs,
+           std::shared_ptr<Offloading> offload)
+      : offload_(std::move(offload)), started_(Clock::now()) {
     record_.base = base, record_.base_gradients = gradients;
     record_.rungs = std::move(rungs);
   }
@@ -53,6 +57,7 @@ class Recorder {
                                 .sensitive = storage.sensitive,
                                 .kept = {.first = 0, .last = -1, .bytes = storage.bytes},
                                 .rungs = sample(values),
+                                .offload_ms = offload_ ? offload_->cost_ms(storage.bytes) : -1,
                                 .saved_at = position()});
     live_.push_back(0);
     originals_.emplace_back(values.storage(), saving_.item);
@@ -206,6 +211,7 @@ class Recorder {
   }
 
   StepRecord record_;
+  const std::shared_ptr<Offloading> offload_;
   const Clock::time_point started_;
   Clock::time_point ended_{started_};
   Saving saving_;

@@ -29,9 +29,9 @@ class Step final : public StoredWatch {
   Step& operator=(const Step&) = delete;
 
   /// Before anything of it is held.
-  void record(std::vector<Rung> rungs) {
+  void record(std::vector<Rung> rungs, std::shared_ptr<Offloading> offload) {
     const std::lock_guard lock(mutex_);
-    recorder_.emplace(base_, gradients_, std::move(rungs));
+    recorder_.emplace(base_, gradients_, std::move(rungs), std::move(offload));
     event();
     watch_.freed = &Watch::note;
   }
