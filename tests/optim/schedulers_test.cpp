@@ -524,7 +524,7 @@ TEST(OneCycle, CyclesTheMomentumOfOurOptions) {
   EXPECT_NEAR((momentum_at_the_top<LionOf<Fp32>>(LionOptions())), 0.8, 0.02);
   EXPECT_NEAR((momentum_at_the_top<ScaleOf<Fp32>>(ScaleOptions())), 0.8, 0.02);  // betas of vectors
   EXPECT_NEAR((momentum_at_the_top<ScaleOf<Fp32>>(ScaleOptions().momentum(0.9))), 0.8, 0.02);
-  EXPECT_NEAR((momentum_at_the_top<AdamWOf<Fp32>>(AdamWOptions())), 0.8, 0.02);
+  EXPECT_NEAR((momentum_at_the_top<AdamWOf<Fp32>>(torch::optim::AdamWOptions())), 0.8, 0.02);
 }
 TEST(OneCycle, OptionsWithoutMomentumAreNamed) {
   Adafactor<> optimizer(groups(AdafactorOptions()), AdafactorOptions());
