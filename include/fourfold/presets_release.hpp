@@ -15,7 +15,7 @@ namespace fourfold::inline v0 {
 /// which bf16 products read one: 6.06 bytes a parameter, of plain's 16.
 using BalancedRelease =
     CompressionPipeline<Precision<BFloat16, ProductWeights>, Activations<Int4>, Recompute<CheapOps>,
-                        OptimizerStates<Int8, optim::ErrorCorrection<16>>, Release>;
+                        Blocks<2>, OptimizerStates<Int8, optim::ErrorCorrection<16>>, Release>;
 
 /// Smallest with bf16 weights, rounded stochastically, and 4-bit moments, released: 3.06 bytes.
 using SmallestRelease =

@@ -213,7 +213,14 @@ typename LinearCrossEntropy<V>::Result LinearCrossEntropy<V>::with_gradients(boo
     z = z.to(dtype);
     if (of_hidden) piece(result.hidden).copy_(at::mm(z, w));
     if (of_weight && dtype == exact) result.weight.addmm_(z.t(), x);
-    if (of_weight && dtype != exact) result.weight.add_(at::mm(z.t(), x));
+    if (of_weight &&
+        dtype != exact) {  // add_ makes an fp32 copy of what it adds: few classes' alone
+      const std::int64_t most = std::max<std::int64_t>(1, rows * classes / (4 * w.size(1)));
+      for (std::int64_t c = 0; c < classes; c += most) {
+        const std::int64_t some = std::min(most, classes - c);
+        result.weight.narrow(0, c, some).add_(at::mm(z.narrow(1, c, some).t(), x));
+      }
+    }
   }
   result.loss = (sum / total).to(cast ? at::kFloat : hidden.scalar_type());
   result.factor = total.reciprocal().masked_fill_(total.eq(0), 0);
