@@ -117,7 +117,9 @@ TEST(ExactCodes, GatesTakeOneBitAndPassTheSameGradients) {
       const Ran ours = run(fn, values, exact());
       EXPECT_TRUE(same_bits(ours.gradient, plain.gradient));
       EXPECT_EQ(ours.counts.masks, one_bit ? 1 : 0);
-      if (one_bit) EXPECT_LE(ours.held, (4099 + 7) / 8 + 4);
+      if (one_bit) {
+        EXPECT_LE(ours.held, (4099 + 7) / 8 + 4);
+      }
     }
   }
 }
