@@ -16,7 +16,7 @@
 /// Blocks nest; backward inside a block, double backward, retain_graph and a partial backward work;
 /// a backward of any thread may run the block. Chen et al., "Training deep nets with sublinear
 /// memory cost" (2016); the rules stand in checkpoint_frame.hpp.
-#include <fourfold/activations/checkpoint_frame.hpp>
+#include <fourfold/activations/detail/checkpoint_frame.hpp>
 
 #include <array>
 #include <concepts>

@@ -17,7 +17,7 @@
 /// Pieces outlive the Offloader; what waits then stays in memory.
 #include <ATen/core/Tensor.h>
 #include <c10/util/Exception.h>
-#include <fourfold/activations/offload_piece.hpp>
+#include <fourfold/activations/detail/offload_piece.hpp>
 
 #include <chrono>
 #include <cstdint>

@@ -26,7 +26,7 @@
 ///  5. not held, but computed again from what is held anyway (`recompute`);
 ///  6. held as it is: what a backward divides by or takes the root or the logarithm of;
 ///  7. packed, rounded stochastically: what attention, softmax and products of two activations
-///     save and the inputs of checkpoints by `pack_sensitive`, the rest by `pack` (tolerance.hpp).
+///     save and the inputs of checkpoints by `pack_sensitive`, the rest by `pack` (detail/tolerance.hpp).
 ///     Float, BFloat16 and Half only; a Double is held as it is, and so is what holds an infinity
 ///     or a NaN, whose neighbours would be lost;
 ///  8. written to a file, codes and what else is held (`offload`).
@@ -37,12 +37,12 @@
 /// writing to it by a raw pointer afterwards is not seen (an operator's write is: the door throws
 /// LibTorch's error at unpacking, as without us).
 #include <fourfold/activations/activation_options.hpp>
-#include <fourfold/activations/ask_plan.hpp>
-#include <fourfold/activations/encoder.hpp>
-#include <fourfold/activations/explain.hpp>
-#include <fourfold/activations/saved_views.hpp>
-#include <fourfold/activations/tape.hpp>
-#include <fourfold/activations/tolerance.hpp>
+#include <fourfold/activations/detail/ask_plan.hpp>
+#include <fourfold/activations/detail/encoder.hpp>
+#include <fourfold/activations/detail/explain.hpp>
+#include <fourfold/activations/detail/saved_views.hpp>
+#include <fourfold/activations/detail/tape.hpp>
+#include <fourfold/activations/detail/tolerance.hpp>
 #include <fourfold/core/place.hpp>
 #include <fourfold/torch/operators.hpp>
 #include <fourfold/torch/saved_tensors.hpp>

@@ -7,9 +7,9 @@
 #include <ATen/core/Tensor.h>
 #include <c10/core/Storage.h>
 #include <c10/core/StorageImpl.h>
+#include <fourfold/activations/detail/storage_view.hpp>
 #include <fourfold/activations/saved_bytes.hpp>
 #include <fourfold/activations/saved_plan.hpp>  // StoredAs, StoredWatch
-#include <fourfold/activations/storage_view.hpp>
 #include <fourfold/core/pointer_map.hpp>
 
 #include <atomic>

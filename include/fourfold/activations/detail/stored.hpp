@@ -3,7 +3,7 @@
 /// The ways in which values of a storage are held: as they are, by a payload, or by what another
 /// payload decodes to. (Computed again: rebuilt.hpp.)
 #include <ATen/ops/empty.h>
-#include <fourfold/activations/storage_index.hpp>
+#include <fourfold/activations/detail/storage_index.hpp>
 #include <fourfold/core/payload.hpp>
 #include <fourfold/torch/operators.hpp>  // OperatorsPause
 

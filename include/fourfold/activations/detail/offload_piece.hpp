@@ -5,7 +5,7 @@
 #include <ATen/ops/empty.h>
 #include <c10/core/TensorImpl.h>
 #include <c10/util/Exception.h>
-#include <fourfold/activations/offload_file.hpp>
+#include <fourfold/activations/detail/offload_file.hpp>
 #include <fourfold/core/place.hpp>
 
 #include <chrono>

@@ -6,7 +6,7 @@
 #include <ATen/core/ivalue.h>
 #include <ATen/core/stack.h>
 #include <ATen/ops/empty_strided.h>
-#include <fourfold/activations/stored.hpp>
+#include <fourfold/activations/detail/stored.hpp>
 #include <fourfold/core/place.hpp>
 #include <fourfold/torch/operators.hpp>  // OperatorsPause
 

@@ -9,7 +9,7 @@
 #include <ATen/ops/tensor.h>
 #include <ATen/ops/threshold_backward.h>
 #include <fourfold/activations/activation_options.hpp>
-#include <fourfold/activations/tape.hpp>
+#include <fourfold/activations/detail/tape.hpp>
 #include <fourfold/codec/narrow_int.hpp>
 #include <fourfold/codec/pool_offsets.hpp>
 

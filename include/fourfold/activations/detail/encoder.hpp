@@ -7,11 +7,11 @@
 #include <ATen/ops/isfinite.h>
 #include <ATen/ops/ne.h>
 #include <fourfold/activations/activation_options.hpp>
-#include <fourfold/activations/exact_codes.hpp>
-#include <fourfold/activations/rebuild.hpp>
-#include <fourfold/activations/saved_views.hpp>
-#include <fourfold/activations/stored.hpp>
-#include <fourfold/activations/tape.hpp>
+#include <fourfold/activations/detail/exact_codes.hpp>
+#include <fourfold/activations/detail/rebuild.hpp>
+#include <fourfold/activations/detail/saved_views.hpp>
+#include <fourfold/activations/detail/stored.hpp>
+#include <fourfold/activations/detail/tape.hpp>
 
 #include <atomic>
 #include <cstdint>

@@ -8,7 +8,7 @@
 /// its gradient, attention's q, k and v are four fifths (bench/results, 2026-11-22-quality.md).
 /// Where a backward divides, an error has no bound at all.
 #include <fourfold/activations/activation_options.hpp>
-#include <fourfold/activations/tape.hpp>
+#include <fourfold/activations/detail/tape.hpp>
 
 #include <cstddef>
 

@@ -2,7 +2,7 @@
 #pragma once
 /// What a graph node holds of a tensor that it saved: a view of what is stored, or the tensor.
 #include <ATen/ops/empty_strided.h>
-#include <fourfold/activations/storage_index.hpp>
+#include <fourfold/activations/detail/storage_index.hpp>
 #include <fourfold/torch/operators.hpp>      // OperatorsPause
 #include <fourfold/torch/saved_tensors.hpp>  // Saved
 

@@ -2,8 +2,8 @@
 #pragma once
 /// A saved tensor as a plan knows it: by the operator that made it or saves it.
 #include <torch/csrc/autograd/graph_task.h>
+#include <fourfold/activations/detail/tape.hpp>
 #include <fourfold/activations/saved_plan.hpp>
-#include <fourfold/activations/tape.hpp>
 
 #include <cstdint>
 

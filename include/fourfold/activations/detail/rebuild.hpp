@@ -2,8 +2,8 @@
 #pragma once
 /// Whether a result need not be held: what its operator read must be held anyway (or be small, or
 /// follow in the same way), and must not have been written to since.
-#include <fourfold/activations/rebuilt.hpp>
-#include <fourfold/activations/tape.hpp>
+#include <fourfold/activations/detail/rebuilt.hpp>
+#include <fourfold/activations/detail/tape.hpp>
 
 #include <cstdint>
 #include <memory>

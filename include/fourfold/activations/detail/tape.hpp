@@ -3,9 +3,9 @@
 /// Where the storages of a forward come from. Knows them weakly; forgets all when backward begins.
 #include <ATen/core/grad_mode.h>
 #include <c10/util/SmallVector.h>
-#include <fourfold/activations/operator_traits.hpp>
-#include <fourfold/activations/rebuilt.hpp>
-#include <fourfold/activations/stored.hpp>
+#include <fourfold/activations/detail/operator_traits.hpp>
+#include <fourfold/activations/detail/rebuilt.hpp>
+#include <fourfold/activations/detail/stored.hpp>
 #include <fourfold/core/pointer_map.hpp>
 #include <fourfold/torch/operators.hpp>
 
