@@ -143,8 +143,9 @@ struct Precision {
                      std::vector<at::Tensor>& kept) {
     const bool embeds = dynamic_cast<const torch::nn::EmbeddingImpl*>(&module) != nullptr ||
                         dynamic_cast<const torch::nn::EmbeddingBagImpl*>(&module) != nullptr;
+    const bool normalises = dynamic_cast<const torch::nn::LayerNormImpl*>(&module) != nullptr;
     const auto own = module.named_parameters(/*recurse=*/false);
-    const bool multiplies = std::any_of(own.begin(), own.end(), [](const auto& one) {
+    const bool multiplies = !normalises && std::any_of(own.begin(), own.end(), [](const auto& one) {
       return one.value().defined() && one.value().dim() >= 2;
     });
     for (const auto& one : own) {

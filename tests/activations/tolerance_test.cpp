@@ -105,8 +105,13 @@ TEST_F(Tolerance, DivisorsRootsAndLogarithmsAreExact) {
            {"log1p", [](torch::Tensor x) { return x.log1p(); }},
            {"sqrt", [](torch::Tensor x) { return x.sqrt(); }},
            {"rsqrt", [](torch::Tensor x) { return x.rsqrt(); }},
+           {"log2_", [](torch::Tensor x) { return (x + 0).log2_(); }},
+           {"pow(x, 0.5)", [](torch::Tensor x) { return x.pow(0.5); }},
+           {"pow(x, -1)", [](torch::Tensor x) { return x.pow(-1); }},
            {"reciprocal", [](torch::Tensor x) { return x.reciprocal(); }}})
     EXPECT_EQ(bits_held([&] { return op(x); }), kAll * n) << name;
+  EXPECT_EQ(bits_held([&] { return x.pow(3); }), kFew * n);
+  EXPECT_EQ(bits_held([&] { return torch::addcdiv(x, x, y); }), (kFew + kAll) * n);
   const auto target = torch::rand({64, 64});
   EXPECT_EQ(bits_held([&] { return torch::binary_cross_entropy(x / 2, target); }, {target}),
             kAll * n);

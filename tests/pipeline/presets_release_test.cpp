@@ -93,6 +93,15 @@ TEST(HeldWeights, AWeightTiedToAnEmbeddingsIsTheEmbeddings) {
   const auto losses = trained(model, pipeline, 3);
   EXPECT_LT(losses.back(), losses.front());
 }
+TEST(HeldWeights, ANormOfMatricesIsNoProduct) {
+  torch::nn::Sequential model{torch::nn::Linear(8, 64),
+                              torch::nn::LayerNorm(torch::nn::LayerNormOptions({8, 64}))};
+  CompressionPipeline<Precision<BFloat16, ProductWeights>> pipeline(model);
+  EXPECT_EQ(model->parameters()[0].scalar_type(), torch::kBFloat16);
+  EXPECT_EQ(model->parameters()[2].scalar_type(), torch::kFloat);
+  pipeline.forward([&] { return model->forward(torch::ones({3, 8, 8})).sum(); }).backward();
+  EXPECT_EQ(model->parameters()[2].grad().scalar_type(), torch::kFloat);
+}
 TEST(HeldWeights, AGradientThatIsThereIsNamedAndNothingChanges) {
   auto model = net();
   model->head->weight.mutable_grad() = torch::zeros_like(model->head->weight);

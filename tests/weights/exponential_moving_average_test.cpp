@@ -177,6 +177,39 @@ TEST(ExponentialMovingAverage, LowTypesAndLayoutsComeBackAsTheyAre) {
             8.0 / 255 + 4 * 0x1p-8);
 }
 
+// A thousandth of the way is less than bf16 resolves: the average itself is fp32.
+TEST(ExponentialMovingAverage, OfBf16WeightsMovesByLessThanTheirRounding) {
+  torch::nn::Linear model(4, 4);
+  model->to(torch::kBFloat16);
+  assign(model->weight, torch::zeros({4, 4}));
+  ExponentialMovingAverage<fourfold::OnHost> average(model, {.decay = 0.999});
+  average.update();
+  assign(model->weight, torch::ones({4, 4}));
+  for (int i = 0; i < 1000; ++i) average.update();
+  const auto value = average.averages()[0].second;
+  EXPECT_EQ(value.scalar_type(), torch::kBFloat16);
+  EXPECT_NEAR(value[0][0].item<double>(), 1 - std::pow(0.999, 1000), 0x1p-8);
+}
+
+TEST(ExponentialMovingAverage, CodesKnowTheirMemoryFormat) {
+  torch::nn::Conv2d model(torch::nn::Conv2dOptions(16, 32, 3));
+  ExponentialMovingAverage<Int8> average(model);
+  average.update();
+  torch::nn::Conv2d last(torch::nn::Conv2dOptions(16, 32, 3));
+  last->weight.set_data(last->weight.contiguous(torch::MemoryFormat::ChannelsLast));
+  ExponentialMovingAverage<Int8> other(last);
+  std::stringstream file;
+  torch::serialize::OutputArchive out;
+  average.save(out);
+  out.save_to(file);
+  torch::serialize::InputArchive in;
+  in.load_from(file);
+  EXPECT_THAT(message_of([&] { other.load(in); }),
+              HasSubstr("; give the model that format before it is averaged"));
+  model->weight.set_data(model->weight.contiguous(torch::MemoryFormat::ChannelsLast));
+  EXPECT_THAT(message_of([&] { average.update(); }), HasSubstr("make another after the move"));
+}
+
 TEST(ExponentialMovingAverage, ThreadsDoNotMatterAndRunsRepeat) {
   const int threads = torch::get_num_threads();
   std::vector<torch::Tensor> seen;

@@ -44,7 +44,7 @@ template <StochasticCodec C>
 template <class = void>
 struct BasicActivationOptions {
   PackFunction pack = nullptr;  ///< null: what is not recomputed is held as it is
-  /// For what attention, softmax and products of two activations save, and for the inputs of
+  /// For what attention, softmax and matrix products of two activations save, and for the inputs of
   /// checkpoints; null: they are held as they are.
   PackFunction pack_sensitive = nullptr;
   MaskFunction pack_mask = pack_bits<>;        ///< null: masks are packed or held like all else

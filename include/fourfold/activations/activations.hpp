@@ -9,7 +9,7 @@
 /// unbiased, with more variance; where it is not (gelu, layer_norm, a softmax), a bias of the size
 /// of the rounding error squared remains, h^2 / 8 * max|f''| for codes h apart
 /// (tests/activations/unbiasedness_test.cpp). `Sensitive` is for what reaches more than one
-/// parameter's gradient at full size: what attention, softmax and products of two activations save,
+/// parameter's gradient at full size: what attention, softmax and matrix products of two activations save,
 /// and the inputs of checkpoints; 8 bits unless said otherwise. What a backward divides by is exact.
 #include <fourfold/activations/store.hpp>
 #include <fourfold/codec/group_int.hpp>

@@ -61,6 +61,8 @@ class Offloader {
     std::unique_lock lock(state_->mutex);
     piece->number_ = state_->next++;
     state_->pieces.emplace(piece->number_, piece);
+    while (!state_->to_write.empty() && state_->to_write.front().expired())
+      state_->to_write.pop_front();  // of steps that never filled the window
     state_->to_write.push_back(piece);
     state_->pending += piece->bytes_;
     state_->changed.notify_all();

@@ -25,7 +25,7 @@
 ///     Long and Int values in as few bytes as their range needs;
 ///  5. not held, but computed again from what is held anyway (`recompute`);
 ///  6. held as it is: what a backward divides by or takes the root or the logarithm of;
-///  7. packed, rounded stochastically: what attention, softmax and products of two activations
+///  7. packed, rounded stochastically: what attention, softmax and matrix products of two activations
 ///     save and the inputs of checkpoints by `pack_sensitive`, the rest by `pack` (detail/tolerance.hpp).
 ///     Float, BFloat16 and Half only; a Double is held as it is, and so is what holds an infinity
 ///     or a NaN, whose neighbours would be lost;
@@ -276,9 +276,11 @@ std::shared_ptr<door::Saved> BasicActivationStore<T>::hold(const at::Tensor& ten
   if (options_.plan != nullptr && tape != nullptr && !exact)
     choice = detail::ask_plan(*options_.plan, tensor, pack != options_.pack, *tape);
   if (choice.pack != nullptr) pack = choice.pack;
+  // A plan that was not asked (of what is exact, or is saved in backward) has counted it in memory.
+  const bool may_offload = options_.plan == nullptr || choice.watch != nullptr;
   const Stored stored = choice.keep      ? nullptr
                         : choice.offload ? encoder_.offloaded(tensor, extent)
-                                         : encoder_.encode(tensor, extent, pack, tape);
+                                         : encoder_.encode(tensor, extent, pack, tape, may_offload);
   if (stored == nullptr) return keep(tensor, tape, /*written=*/true, choice);
   if (choice.watch != nullptr) stored->watch(std::move(choice.watch), choice.item);
   return as(stored, std::move(view));

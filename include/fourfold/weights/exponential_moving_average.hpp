@@ -148,7 +148,7 @@ class ExponentialMovingAverage {
   /// Gives the weights back when it dies; meanwhile it holds them.
   class [[nodiscard]] Applied {
    public:
-    explicit Applied(const ExponentialMovingAverage& from) {
+    explicit Applied(const ExponentialMovingAverage& from) : Applied() {  // so that an error undoes
       const c10::NoGradGuard no_grad;
       for (const auto& one : from.averages_)
         kept_.emplace_back(one.weight(), one.weight().detach().clone());
@@ -162,6 +162,7 @@ class ExponentialMovingAverage {
     Applied& operator=(const Applied&) = delete;
 
    private:
+    Applied() = default;
     std::vector<std::pair<at::Tensor, at::Tensor>> kept_;
   };
   /// The model has the averages while the result lives. Not while a backward is to come: weights

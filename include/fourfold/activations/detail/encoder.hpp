@@ -55,9 +55,9 @@ class BasicEncoder {
   /// The first that is open: an exact code, computed again, packed by `pack` (null: exact ways
   /// alone), offloaded. `tape` may be null.
   std::shared_ptr<Stored> encode(const at::Tensor& tensor, const Extent& extent, PackFunction pack,
-                                 Tape* tape) {
+                                 Tape* tape, bool may_offload) {
     if (std::shared_ptr<Stored> stored = coded(tensor, extent, pack, tape)) return stored;
-    return offloaded(tensor, extent);
+    return may_offload ? offloaded(tensor, extent) : nullptr;
   }
 
   /// Its values as they are, but not in memory.

@@ -6,6 +6,7 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/hardtanh_backward.h>
 #include <ATen/ops/ones.h>
+#include <ATen/ops/rsub.h>
 #include <ATen/ops/tensor.h>
 #include <ATen/ops/threshold_backward.h>
 #include <fourfold/activations/activation_options.hpp>
@@ -77,7 +78,7 @@ std::shared_ptr<const Payload> pack_gate(const at::Tensor& values, const Tape::F
   if (frame.traits->gate == OperatorTraits::Gate::kInterval)
     stand_ins.push_back(frame.arguments.at(1).toScalar().toDouble() / 2 +
                         frame.arguments.at(2).toScalar().toDouble() / 2);
-  at::Tensor candidates = at::tensor(stand_ins, at::kDouble).to(values.options());
+  at::Tensor candidates = at::tensor(stand_ins, at::kDouble).to(values.scalar_type());
   const at::Tensor open = passes(candidates).to(at::kFloat);
   const float* pass = open.const_data_ptr<float>();
   std::size_t other = 1;
@@ -85,11 +86,12 @@ std::shared_ptr<const Payload> pack_gate(const at::Tensor& values, const Tape::F
   if (other == stand_ins.size()) return nullptr;
   // Bits say where the other value stands: where a gradient passes, if it does not pass at 0.
   at::Tensor stands = passes(values);
-  if (pass[0] != 0) stands = 1 - stands;
+  if (pass[0] != 0) stands = at::rsub(stands, 1);
   const std::shared_ptr<const Payload> bits = pack_mask(stands);
   if (bits == nullptr) return nullptr;
   return bits->with_buffers(
-      {bits->buffers().at(0), candidates.narrow(0, static_cast<std::int64_t>(other), 1).clone()});
+      {bits->buffers().at(0), candidates.narrow(0, static_cast<std::int64_t>(other), 1)
+                                  .to(values.device(), /*non_blocking=*/false, /*copy=*/true)});
 }
 
 }  // namespace fourfold::inline v0::detail

@@ -1,12 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 /// A piece of memory that goes to a file and comes back, and what all pieces share (offloader.hpp).
+#include <ATen/core/grad_mode.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <c10/core/TensorImpl.h>
 #include <c10/util/Exception.h>
 #include <fourfold/activations/detail/offload_file.hpp>
 #include <fourfold/core/place.hpp>
+#include <fourfold/torch/operators.hpp>
 
 #include <chrono>
 #include <condition_variable>
@@ -124,6 +126,9 @@ class OffloadPiece : public std::enable_shared_from_this<OffloadPiece> {
     std::unique_lock lock(state_->mutex);
     state_->changed.wait(lock, [&] { return where_ != Where::kWriting; });
     if (!values_.defined() || !counter_.enabled()) return;
+    const door::OperatorsPause pause;  // the program's tape is not told of it
+    const c10::NoGradGuard no_grad;
+    const PlaceGuard place(Place::kActivations);
     values_ = values_.clone();
     counter_ = c10::VariableVersion();
   }

@@ -29,6 +29,7 @@ struct BasicOperatorTraits {
   bool adds = false;                 ///< addmm, ...: its first argument is added to a product
   bool divides = false;              ///< by its last argument, and so does its backward
   bool singular = false;             ///< its derivative has no bound: log, sqrt, ...
+  bool powers = false;               ///< pow: as its exponent is
   bool reads_nonzero = false;        ///< backward asks of what it saved whether it is 0: relu
   bool reads_positive = false;       ///< ... whether it is positive: leaky_relu
   enum class Gate { kNone, kThreshold, kInterval };
@@ -65,15 +66,33 @@ struct BasicOperatorTraits {
     adds = one_of(
         name, {"addmm", "addmm_", "baddbmm", "baddbmm_", "addbmm", "addmv", "_addmm_activation"});
     multiplies = adds || one_of(name, {"mm", "bmm", "mv", "dot", "_trilinear", "convolution"});
-    divides = name == "div" || name == "div_";
-    singular = one_of(name, {"log",        "log_",        "log2",
-                             "log10",      "log1p",       "sqrt",
-                             "sqrt_",      "rsqrt",       "rsqrt_",
-                             "reciprocal", "reciprocal_", "acos",
-                             "asin",       "acosh",       "atanh",
-                             "atan2",      "logit",       "xlogy",
-                             "prod",       "cumprod",     "binary_cross_entropy",
-                             "erfinv",     "lgamma",      "digamma"});
+    const std::string_view stem = name.ends_with('_') ? name.substr(0, name.size() - 1) : name;
+    divides = one_of(stem, {"div", "addcdiv"});
+    powers = stem == "pow";
+    singular = one_of(stem, {"log",
+                             "log2",
+                             "log10",
+                             "log1p",
+                             "sqrt",
+                             "rsqrt",
+                             "reciprocal",
+                             "acos",
+                             "asin",
+                             "acosh",
+                             "atanh",
+                             "atan2",
+                             "logit",
+                             "xlogy",
+                             "prod",
+                             "cumprod",
+                             "hypot",
+                             "erfinv",
+                             "lgamma",
+                             "digamma",
+                             "polygamma",
+                             "special_entr",
+                             "special_xlog1py",
+                             "binary_cross_entropy"});
     reads_nonzero = name == "relu" || name == "relu_";
     reads_positive = name == "leaky_relu" || name == "leaky_relu_";
     if (name == "threshold" || name == "threshold_") gate = Gate::kThreshold;

@@ -89,7 +89,7 @@ class BasicTape final : public door::OperatorObserver {
       frame.time = index_->tick();
       frame.number = operators_++;
       for (const at::IValue& value : arguments) collect(value, frame.tensors);
-      if (traits.pools > 0 || traits.gate != OperatorTraits::Gate::kNone)
+      if (traits.pools > 0 || traits.powers || traits.gate != OperatorTraits::Gate::kNone)
         frame.arguments = arguments.vec();
       for (std::size_t i : traits.written) note_write(frame, arguments[i]);
       if (traits.cheap && at::GradMode::is_enabled() && !(traits.casts && autocasting()))

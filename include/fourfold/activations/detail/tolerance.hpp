@@ -16,7 +16,7 @@ namespace fourfold::inline v0::detail {
 
 enum class Tolerance {
   kLow,        ///< few bits: ActivationOptions::pack
-  kSensitive,  ///< a product of two activations, an exponential: pack_sensitive
+  kSensitive,  ///< a matrix product of two activations, an exponential: pack_sensitive
   kExact,      ///< a divisor, a logarithm's argument: kept, or computed again from what is exact
 };
 
@@ -32,13 +32,21 @@ bool multiplies_activations(const Tape& tape, const Tape::Frame& frame) {
   return activations > 1;
 }
 
+/// Whether pow's derivative has no bound near 0: an exponent below 1, or one that nobody knows.
+template <class = void>
+bool steep(const Tape::Frame& frame) {
+  const at::IValue& exponent = frame.arguments.at(1);
+  return !exponent.isScalar() || exponent.toScalar().isComplex() ||
+         exponent.toScalar().toDouble() < 1;
+}
+
 /// Of the storage `key`, which the operator that runs just now saves. `tape` may be null.
 template <class = void>
 Tolerance tolerance(const Tape* tape, c10::StorageImpl* key) {
   const Tape::Frame* const frame = tape != nullptr ? tape->frame() : nullptr;
   if (frame == nullptr) return Tolerance::kLow;
   const OperatorTraits& traits = *frame->traits;
-  if (traits.singular) return Tolerance::kExact;
+  if (traits.singular || (traits.powers && steep(*frame))) return Tolerance::kExact;
   if (traits.divides && !frame->tensors.empty() &&
       frame->tensors.back().storage().unsafeGetStorageImpl() == key)
     return Tolerance::kExact;

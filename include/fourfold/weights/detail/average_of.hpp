@@ -5,6 +5,7 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/tensor.h>
 #include <c10/util/Exception.h>
 #include <fourfold/codec/detail/coded_values.hpp>
 #include <fourfold/core/parallel.hpp>
@@ -18,6 +19,7 @@
 #include <string>
 #include <type_traits>
 #include <utility>
+#include <vector>
 
 namespace fourfold::inline v0 {
 
@@ -36,7 +38,7 @@ class AverageOf {
 
  public:
   AverageOf(std::string name, const at::Tensor& of, std::int64_t min_packed_elements)
-      : name_(std::move(name)), of_(of) {
+      : name_(std::move(name)), of_(of), strides_(of.strides().vec()) {
     packed_ = kCodes && of.is_floating_point() && of.is_cpu() &&
               of.is_non_overlapping_and_dense() && of.numel() >= min_packed_elements;
   }
@@ -62,6 +64,7 @@ class AverageOf {
     if (packed_) {
       archive.write("codes", codes_.codes, /*is_buffer=*/true);
       archive.write("words", codes_.words, /*is_buffer=*/true);
+      archive.write("strides", at::tensor(strides_, at::kLong), /*is_buffer=*/true);
     } else {
       archive.write("dense", dense_, /*is_buffer=*/true);
     }
@@ -92,10 +95,15 @@ class AverageOf {
         const CodedValues like(C::kFormat, of_.numel());
         result.codes_.codes = read("codes", like.codes.sizes(), at::kByte);
         result.codes_.words = read("words", like.words.sizes(), at::kInt);
+        const at::Tensor strides = read("strides", {of_.dim()}, at::kLong);
+        TORCH_CHECK(strides.equal(at::tensor(strides_, at::kLong)), kFile, " holds '", name_,
+                    "' in the memory format of strides ", strides, ", and the weight has ",
+                    at::IntArrayRef(strides_),
+                    "; give the model that format before it is averaged");
         return result;
       }
     const at::Device device = std::is_same_v<C, OnHost> ? at::Device(at::kCPU) : of_.device();
-    result.dense_ = read("dense", of_.sizes(), of_.scalar_type()).to(device);
+    result.dense_ = read("dense", of_.sizes(), held_as()).to(device);
     return result;
   }
 
@@ -105,8 +113,17 @@ class AverageOf {
     const PlaceGuard place(Place::kWeights);
     const at::Tensor now = of_.detach();
     if constexpr (kCodes)
-      if (packed_) return update_codes(now, share, key);
-    const at::Tensor here = std::is_same_v<C, OnHost> ? now.to(at::kCPU) : now;
+      if (packed_) {
+        TORCH_CHECK(
+            now.is_cpu() && now.strides() == at::IntArrayRef(strides_) && now.is_floating_point(),
+            "ExponentialMovingAverage: '", name_, "' is ", now.scalar_type(), " on ", now.device(),
+            " with strides ", now.strides(), ", and was on cpu with strides ",
+            at::IntArrayRef(strides_),
+            " when its average began in codes; make another after the move");
+        return update_codes(now, share, key);
+      }
+    const at::Tensor here =
+        now.to(std::is_same_v<C, OnHost> ? at::Device(at::kCPU) : now.device(), held_as());
     if (share == 1 || !dense_.defined() || !here.is_floating_point())
       dense_ = here.clone();
     else
@@ -130,10 +147,14 @@ class AverageOf {
                     });
         return out;
       }
-    return dense_.to(of_.device(), /*non_blocking=*/false, /*copy=*/true);
+    return dense_.to(of_.device(), of_.scalar_type(), /*non_blocking=*/false, /*copy=*/true);
   }
 
  private:
+  /// Half types are averaged in fp32: a share of a thousandth is less than their rounding.
+  [[nodiscard]] at::ScalarType held_as() const {
+    return at::isReducedFloatingType(of_.scalar_type()) ? at::kFloat : of_.scalar_type();
+  }
   void update_codes(const at::Tensor& now, double share, const Key& key) {
     const bool first = !codes_.codes.defined();
     if (first) codes_ = CodedValues(C::kFormat, now.numel());
@@ -162,6 +183,7 @@ class AverageOf {
 
   std::string name_;
   at::Tensor of_;
+  std::vector<std::int64_t> strides_;  // codes lie as the weight did
   bool packed_ = false;
   CodedValues codes_;
   at::Tensor dense_;
