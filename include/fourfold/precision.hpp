@@ -23,6 +23,7 @@
 
 #include <torch/nn/module.h>
 #include <torch/nn/modules/embedding.h>
+#include <torch/nn/modules/normalization.h>
 #include <algorithm>
 #include <memory>
 #include <string>
