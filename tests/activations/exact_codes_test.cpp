@@ -16,6 +16,8 @@
 #include <string>
 #include <vector>
 
+#include "tests/support/within.hpp"
+
 namespace {
 
 using fourfold::ActivationOptions;
@@ -31,13 +33,6 @@ Store exact(bool cheap = false) {
   options.recompute = {"mylib::none"};  // on, and nothing is computed again
   if (cheap) options.recompute = fourfold::operator_names<CheapOps>();
   return ActivationStore::make(std::move(options));
-}
-
-template <class Fn>
-auto within(const Store& store, Fn&& fn) {
-  const door::SavedTensorsScope scope(store);
-  const std::shared_ptr<void> active = store->activate();
-  return fn();
 }
 
 /// The gradient of `fn` at `x`, and what the store held after forward, if there is one.

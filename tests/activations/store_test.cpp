@@ -16,6 +16,8 @@
 #include <thread>
 #include <vector>
 
+#include "tests/support/within.hpp"
+
 namespace {
 
 using fourfold::ActivationOptions;
@@ -32,13 +34,6 @@ using Store = std::shared_ptr<ActivationStore>;
 Store int4(ActivationOptions options = {}) {
   Activations<Int4>::configure(options);
   return ActivationStore::make(std::move(options));
-}
-
-template <class Fn>
-auto within(const Store& store, Fn&& fn) {
-  const door::SavedTensorsScope scope(store);
-  const std::shared_ptr<void> active = store->activate();
-  return fn();
 }
 
 std::string error_of(const std::function<void()>& fn) {

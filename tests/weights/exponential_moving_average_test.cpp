@@ -177,6 +177,18 @@ TEST(ExponentialMovingAverage, LowTypesAndLayoutsComeBackAsTheyAre) {
             8.0 / 255 + 4 * 0x1p-8);
 }
 
+/// What `to` says to what `from` saves.
+template <class From, class To>
+std::string error_of_loading(From& from, To& to) {
+  std::stringstream file;
+  torch::serialize::OutputArchive out;
+  from.save(out);
+  out.save_to(file);
+  torch::serialize::InputArchive in;
+  in.load_from(file);
+  return message_of([&] { to.load(in); });
+}
+
 // A thousandth of the way is less than bf16 resolves: the average itself is fp32.
 TEST(ExponentialMovingAverage, OfBf16WeightsMovesByLessThanTheirRounding) {
   torch::nn::Linear model(4, 4);
@@ -198,13 +210,7 @@ TEST(ExponentialMovingAverage, CodesKnowTheirMemoryFormat) {
   torch::nn::Conv2d last(torch::nn::Conv2dOptions(16, 32, 3));
   last->weight.set_data(last->weight.contiguous(torch::MemoryFormat::ChannelsLast));
   ExponentialMovingAverage<Int8> other(last);
-  std::stringstream file;
-  torch::serialize::OutputArchive out;
-  average.save(out);
-  out.save_to(file);
-  torch::serialize::InputArchive in;
-  in.load_from(file);
-  EXPECT_THAT(message_of([&] { other.load(in); }),
+  EXPECT_THAT(error_of_loading(average, other),
               HasSubstr("; give the model that format before it is averaged"));
   model->weight.set_data(model->weight.contiguous(torch::MemoryFormat::ChannelsLast));
   EXPECT_THAT(message_of([&] { average.update(); }), HasSubstr("make another after the move"));
@@ -283,24 +289,17 @@ TEST(SavedAveragesErrors, WhatDoesNotFitIsNamedAndChangesNothing) {
   EXPECT_THAT(message_of([&] { average.save(none); }),
               HasSubstr("save() was called before the first"));
   average.update(), smaller.update();
-  const auto into = [](auto& from, auto& to) {
-    std::stringstream file;
-    torch::serialize::OutputArchive out;
-    from.save(out);
-    out.save_to(file);
-    torch::serialize::InputArchive in;
-    in.load_from(file);
-    return message_of([&] { to.load(in); });
-  };
   const auto before = smaller.averages()[0].second;
-  EXPECT_THAT(into(average, smaller), HasSubstr("it is damaged, or of another model"));
+  EXPECT_THAT(error_of_loading(average, smaller), HasSubstr("it is damaged, or of another model"));
   EXPECT_TRUE(smaller.averages()[0].second.equal(before));
-  EXPECT_THAT(into(average, coarser),
+  EXPECT_THAT(error_of_loading(average, coarser),
               HasSubstr("; load it into an ExponentialMovingAverage<" + Int8::name() + ">"));
-  EXPECT_THAT(into(average, plain), HasSubstr("make it with the min_packed_elements that it was"));
+  EXPECT_THAT(error_of_loading(average, plain),
+              HasSubstr("make it with the min_packed_elements that it was"));
   torch::nn::Sequential nested{torch::nn::Linear(96, 64)};
   ExponentialMovingAverage<Int8> named(nested);
-  EXPECT_THAT(into(average, named), HasSubstr("has 'weight' where this model has '0.weight'"));
+  EXPECT_THAT(error_of_loading(average, named),
+              HasSubstr("has 'weight' where this model has '0.weight'"));
   torch::serialize::OutputArchive empty;
   std::stringstream file;
   empty.save_to(file);

@@ -46,7 +46,7 @@ class BasicEncoder {
     const bool made_here = (origin != nullptr && origin->time != 0) || (integers && result);
     if (attached.is_leaf() && !made_here) return true;  // a constant, which somebody holds
     if (integers) return false;
-    if (frame == nullptr || frame->argument(key) != nullptr) return false;
+    if (!result) return false;
     for (const at::Tensor& argument : frame->tensors)
       if (8 * tensor.numel() <= argument.numel()) return true;  // mean, rstd, logsumexp
     return false;
@@ -68,13 +68,8 @@ class BasicEncoder {
     if (4 * extent.numel() >= values) extent = Extent::whole(values);  // of all its views
     at::Tensor dense = extent.view(tensor.scalar_type()).on(tensor.storage()).contiguous();
     if (dense.storage_offset() != 0) dense = dense.clone();
-    std::shared_ptr<const Payload> payload = options_.offload->offload(dense, tensor);
-    if (payload == nullptr) return nullptr;
-    auto stored = std::make_shared<Packed>(index_->use(tensor.storage()), tensor._version(),
-                                           tensor.scalar_type(), std::move(extent),
-                                           std::move(payload), StoredAs::kOffloaded);
-    index_->add(stored);
-    return stored;
+    return shared(
+        by(options_.offload->offload(dense, tensor), tensor, extent, StoredAs::kOffloaded));
   }
 
   /// By the payload that it was decoded from.
@@ -94,14 +89,24 @@ class BasicEncoder {
     if (payload == nullptr || payload->dtype() != tensor.scalar_type() ||
         c10::multiply_integers(payload->sizes()) != extent.span)
       return nullptr;
-    auto stored = std::make_shared<Packed>(index_->use(tensor.storage()), tensor._version(),
-                                           tensor.scalar_type(), extent, std::move(payload),
-                                           StoredAs::kPacked, /*borrowed=*/true);
-    index_->add(stored);
-    return stored;
+    return shared(by(std::move(payload), tensor, extent, StoredAs::kPacked, /*borrowed=*/true));
   }
 
  private:
+  /// By `payload`, if there is one.
+  std::shared_ptr<Stored> by(std::shared_ptr<const Payload> payload, const at::Tensor& tensor,
+                             const Extent& extent, StoredAs kind, bool borrowed = false) {
+    if (payload == nullptr) return nullptr;
+    return std::make_shared<Packed>(index_->use(tensor.storage()), tensor._version(),
+                                    tensor.scalar_type(), extent, std::move(payload), kind,
+                                    borrowed);
+  }
+  /// For other nodes that save the same values, too.
+  std::shared_ptr<Stored> shared(std::shared_ptr<Stored> stored) {
+    if (stored != nullptr) index_->add(stored);
+    return stored;
+  }
+
   std::shared_ptr<Stored> coded(const at::Tensor& tensor, const Extent& extent, PackFunction pack,
                                 Tape* tape) {
     c10::StorageImpl* const key = tensor.storage().unsafeGetStorageImpl();
@@ -134,14 +139,8 @@ class BasicEncoder {
   /// Exactly, if there are two values.
   std::shared_ptr<Stored> mask(const at::Tensor& tensor, const Extent& extent) {
     if (options_.pack_mask == nullptr || !extent.dense()) return nullptr;
-    std::shared_ptr<const Payload> payload =
-        options_.pack_mask(extent.view(tensor.scalar_type()).on(tensor.storage()));
-    if (payload == nullptr) return nullptr;
-    auto stored =
-        std::make_shared<Packed>(index_->use(tensor.storage()), tensor._version(),
-                                 tensor.scalar_type(), extent, std::move(payload), StoredAs::kMask);
-    index_->add(stored);
-    return stored;
+    return shared(by(options_.pack_mask(extent.view(tensor.scalar_type()).on(tensor.storage())),
+                     tensor, extent, StoredAs::kMask));
   }
 
   /// What relu's backward asks, exactly: in few bits small values would round to 0. For its node
@@ -153,20 +152,15 @@ class BasicEncoder {
     const std::shared_ptr<const Payload> bits =
         options_.pack_mask(positive ? at::gt(values, 0) : at::ne(values, 0));
     if (bits == nullptr) return nullptr;
-    return std::make_shared<Packed>(index_->use(tensor.storage()), tensor._version(), dtype, extent,
-                                    bits->to(tensor.device(), dtype), StoredAs::kMask);
+    return by(bits->to(tensor.device(), dtype), tensor, extent, StoredAs::kMask);
   }
 
   /// Whether hardtanh's or threshold's backward lets a gradient pass. For its node alone, too.
   std::shared_ptr<Stored> gate(const at::Tensor& tensor, const Extent& extent,
                                const Tape::Frame& frame) {
     if (options_.pack_mask == nullptr || !extent.dense()) return nullptr;
-    const at::ScalarType dtype = tensor.scalar_type();
-    std::shared_ptr<const Payload> payload =
-        pack_gate(extent.view(dtype).on(tensor.storage()), frame, options_.pack_mask);
-    if (payload == nullptr) return nullptr;
-    return std::make_shared<Packed>(index_->use(tensor.storage()), tensor._version(), dtype, extent,
-                                    std::move(payload), StoredAs::kMask);
+    const at::Tensor values = extent.view(tensor.scalar_type()).on(tensor.storage());
+    return by(pack_gate(values, frame, options_.pack_mask), tensor, extent, StoredAs::kMask);
   }
 
   /// In fewer bytes, exactly. `frame`: of the operator whose result they are, or null.
@@ -179,12 +173,7 @@ class BasicEncoder {
       payload = pack_pool(tensor, *frame);
     if (payload == nullptr)
       payload = options_.pack_integers(extent.view(tensor.scalar_type()).on(tensor.storage()));
-    if (payload == nullptr) return nullptr;
-    auto stored =
-        std::make_shared<Packed>(index_->use(tensor.storage()), tensor._version(),
-                                 tensor.scalar_type(), extent, std::move(payload), StoredAs::kMask);
-    index_->add(stored);
-    return stored;
+    return shared(by(std::move(payload), tensor, extent, StoredAs::kMask));
   }
 
   std::shared_ptr<Stored> packed(const at::Tensor& tensor, Extent extent, PackFunction pack,
@@ -205,17 +194,14 @@ class BasicEncoder {
     const bool holds_nan = payload->holds_nan();
     if (options_.offload != nullptr && !holds_nan)
       payload = options_.offload->offload(std::move(payload));
-    auto stored =
-        std::make_shared<Packed>(index_->use(storage), tensor._version(), tensor.scalar_type(),
-                                 std::move(extent), std::move(payload), StoredAs::kPacked);
+    std::shared_ptr<Stored> stored = by(std::move(payload), tensor, extent, StoredAs::kPacked);
     if (holds_nan) {  // of the tensor itself, or of what lies between its values?
       StorageView view(tensor);
       const Extent own(view);
       if (!SavedView(stored, std::move(view)).unpack().isfinite().all().item<bool>())
         return mask(tensor, own);
     }
-    index_->add(stored);
-    return stored;
+    return shared(std::move(stored));
   }
 
   const ActivationOptions& options_;
