@@ -33,6 +33,7 @@
 #include <fourfold/activations/recompute.hpp>
 #include <fourfold/core/plan_options.hpp>
 #include <fourfold/core/policy.hpp>
+#include <fourfold/core/rounded_weight.hpp>
 #include <fourfold/optim/optimizer_states.hpp>
 #include <fourfold/report/meter.hpp>
 #include <fourfold/torch/gradients.hpp>
@@ -98,6 +99,7 @@ struct BasicPipelineState {
   bool optimizer_made = false;
   std::shared_ptr<void> gradients;                 ///< what a policy does to them
   std::shared_ptr<void> (*precision)() = nullptr;  ///< entered with each scope
+  std::vector<RoundedWeight> rounded;              ///< by it, until there is an optimizer
 };
 using PipelineState = BasicPipelineState<>;
 
@@ -181,10 +183,12 @@ class CompressionPipeline {
   [[nodiscard]] std::shared_ptr<::torch::optim::Optimizer> optimizer(
       ::torch::optim::AdamWOptions options = {}) const {
     state_->optimizer_made = true;
-    if constexpr (kHas<Role::kOptimizerStates>)
-      return released(std::make_shared<typename PolicyOf<Role::kOptimizerStates>::Optimizer>(
-          parameters(), options));
-    else if constexpr (kHas<Role::kRelease>)
+    if constexpr (kHas<Role::kOptimizerStates>) {
+      auto made = std::make_shared<typename PolicyOf<Role::kOptimizerStates>::Optimizer>(
+          parameters(), options);
+      if constexpr (kHas<Role::kPrecision>) made->start_from(std::move(state_->rounded));
+      return released(std::move(made));
+    } else if constexpr (kHas<Role::kRelease>)
       return released(std::make_shared<optim::AdamWOf<optim::Fp32>>(parameters(), options));
     else
       return std::make_shared<optim::PlainAdamW>(parameters(), options);
@@ -296,7 +300,12 @@ class CompressionPipeline {
     if constexpr (kHas<Role::kPrecision>) {
       using Chosen = PolicyOf<Role::kPrecision>;
       state_->precision = Chosen::on(state_->parameters.front().second.device().type());
-      Chosen::convert(module);
+      constexpr bool keep = [] {
+        if constexpr (kHas<Role::kOptimizerStates>)
+          return PolicyOf<Role::kOptimizerStates>::Optimizer::kKeepsWeights;
+        return false;
+      }();
+      state_->rounded = Chosen::convert(module, keep);
     }
     for (const auto& [name, parameter] : state_->parameters)
       if (parameter.requires_grad()) state_->trainable.push_back(parameter);

@@ -17,7 +17,9 @@
 #include <c10/util/BFloat16.h>
 #include <c10/util/Exception.h>
 #include <c10/util/Half.h>
+#include <fourfold/core/place.hpp>
 #include <fourfold/core/policy.hpp>
+#include <fourfold/core/rounded_weight.hpp>
 #include <fourfold/torch/autocast.hpp>
 #include <fourfold/torch/parameters_tensor.hpp>  // is_packed
 
@@ -100,8 +102,10 @@ struct AllWeights {};  ///< embeddings too
 /// A pipeline's scopes compute in T, BFloat16 or Half, where autocast does. `Held` are converted to T
 /// in place and for good when the pipeline is made, and their gradients come in T: give
 /// OptimizerStates something to keep of what T rounds away (optim/master_codec.hpp; with
-/// ErrorCorrection<16> weights are fp32 in two halves, and no cast of them exists). The model then
-/// runs in a scope, or under an AutocastGuard, alone: evaluate it there too.
+/// ErrorCorrection<16> weights are fp32 in two halves, and no cast of them exists). What this first
+/// rounding takes waits, in 2 bytes a weight, for pipeline.optimizer(), so that training is as with
+/// fp32 weights from the first step on. The model then runs in a scope, or under an AutocastGuard,
+/// alone: evaluate it there too.
 /// Error, nothing changed: such a parameter has a gradient, which would be of another type.
 template <class T, class Held = NoWeights>
 struct Precision {
@@ -121,9 +125,10 @@ struct Precision {
                 "; hold a fourfold::AutocastGuard for that device type yourself");
   }
 
-  /// Converts what `model` holds in T.
-  static void convert(torch::nn::Module& model) {
-    if constexpr (std::is_same_v<Held, NoWeights>) return;
+  /// Converts what `model` holds in T. Gives what that took from the weights, if `keep` says so.
+  static std::vector<RoundedWeight> convert(torch::nn::Module& model, bool keep = false) {
+    std::vector<RoundedWeight> rounded;
+    if constexpr (std::is_same_v<Held, NoWeights>) return rounded;
     std::vector<std::pair<std::string, at::Tensor>> chosen;
     std::vector<at::Tensor> kept;  // a weight tied to an embedding's is the embedding's
     choose(model, "", chosen, kept);
@@ -135,10 +140,33 @@ struct Precision {
       TORCH_CHECK(!p.grad().defined(), "Precision<> holds weights in ", kType, ", but '", name,
                   "' has a gradient of ", p.scalar_type(),
                   " already; make the pipeline before the first backward, or call zero_grad()");
-    for (auto& [name, p] : chosen) p.set_data(p.detach().to(kType));
+    for (auto& [name, p] : chosen) {
+      const at::Tensor before = p.detach();
+      if (!keep) {
+        p.set_data(before.to(kType));
+        continue;
+      }
+      const PlaceGuard place(Place::kWeights);
+      const RoundedWeight one = split(before.to(at::kFloat));
+      p.set_data(one.weight);
+      rounded.push_back({p, one.rest, p._version()});
+    }
+    return rounded;
   }
 
  private:
+  /// x as T and the rest. In bf16 a tie is rounded away from zero, as ErrorCorrection has it.
+  static RoundedWeight split(const at::Tensor& x) {
+    if constexpr (std::is_same_v<T, Half>) {
+      const at::Tensor weight = x.to(at::kHalf);
+      return {weight, x.sub(weight).to(at::kHalf)};
+    } else {
+      const at::Tensor bits = x.view(at::kInt);
+      const at::Tensor upper = bits.add(0x8000).bitwise_and_(static_cast<std::int64_t>(-0x10000));
+      const at::Tensor weight = upper.view(at::kFloat).to(at::kBFloat16);  // exact
+      return {weight, bits.sub(upper).to(at::kShort).view(at::kBFloat16)};
+    }
+  }
   static void choose(const torch::nn::Module& module, const std::string& prefix,
                      std::vector<std::pair<std::string, at::Tensor>>& chosen,
                      std::vector<at::Tensor>& kept) {

@@ -238,6 +238,44 @@ TEST(MasterCodec, AMasterCopyFollowsWeightsSetByOthers) {
   optimizer.step();
   EXPECT_TRUE(p.equal(torch::full({10}, 3, torch::kBFloat16)));
 }
+/// One step that takes 0.75 of each weight, which shows more bits than the weight has.
+template <class MasterCodec>
+at::Tensor three_quarters(const at::Tensor& weight, const at::Tensor& rest,
+                          bool set_since = false) {
+  at::Tensor p = weight.clone();
+  p.set_requires_grad(true);
+  AdamWOf<Int8, MasterCodec> optimizer(std::vector<at::Tensor>{p},
+                                       AdamWOptions(0.25).weight_decay(1));
+  const fourfold::RoundedWeight one{p, rest, p._version() - (set_since ? 1 : 0)};
+  optimizer.start_from({one, {torch::ones({2}), torch::ones({2}), 0}});
+  p.mutable_grad() = torch::zeros_like(p);
+  optimizer.step();
+  return p.detach();
+}
+TEST(MasterCodec, StartsFromWhatAWeightWas) {
+  torch::manual_seed(4);
+  const auto x = torch::randn({70, 81}).t();  // not in row-major order
+  const auto upper = x.to(torch::kBFloat16);
+  const auto bits = [](const at::Tensor& t) { return t.contiguous().view(torch::kInt); };
+  const auto rest =
+      (bits(x) - bits(upper.to(torch::kFloat))).to(torch::kShort).view(torch::kBFloat16);
+  const auto expected = (x * 0.75F).to(torch::kBFloat16);
+  const auto rounded_first = (upper.to(torch::kFloat) * 0.75F).to(torch::kBFloat16);
+  ASSERT_FALSE(rounded_first.equal(expected));
+  EXPECT_TRUE(three_quarters<Fp32>(upper, rest).equal(expected));
+  EXPECT_TRUE(three_quarters<Fp32>(upper, rest, /*set_since=*/true).equal(rounded_first));
+  EXPECT_TRUE(three_quarters<RoundNearest>(upper, rest).equal(rounded_first));
+  // 16 significant bits, rounded again to 8: another bf16 where a tie is near, one in 128 at most.
+  for (const auto& kept :
+       {three_quarters<ErrorCorrection<8>>(upper, rest), three_quarters<Kahan>(upper, rest)}) {
+    EXPECT_LE(kept.ne(expected).sum().item<std::int64_t>(), x.numel() / 64);
+    EXPECT_LT(kept.ne(expected).sum().item<std::int64_t>(),
+              rounded_first.ne(expected).sum().item<std::int64_t>() / 4);
+  }
+  const auto half = x.to(torch::kHalf);
+  EXPECT_TRUE(three_quarters<Fp32>(half, (x - half.to(torch::kFloat)).to(torch::kHalf))
+                  .equal((x * 0.75F).to(torch::kHalf)));
+}
 TEST(MasterCodec, WeightsOfAnotherDtypeAreRefused) {
   auto p = torch::ones({10}).requires_grad_();
   AdamWOf<Int8, ErrorCorrection<8>> optimizer({p});

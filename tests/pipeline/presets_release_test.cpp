@@ -76,6 +76,29 @@ TEST(HeldWeights, ThoseOfProductsAreConverted) {
     return bytes;
   }());
 }
+/// With masters in fp32, bf16 weights train as fp32 ones do under autocast, from the first step on.
+TEST(HeldWeights, GoOnFromWhatTheyWere) {
+  auto whole = net(), halves = net();
+  CompressionPipeline<Precision<BFloat16>, OptimizerStates<optim::Fp32>> plain(whole);
+  CompressionPipeline<Precision<BFloat16, ProductWeights>,
+                      OptimizerStates<optim::Fp32, optim::Fp32>>
+      held(halves);
+  EXPECT_EQ(trained(halves, held, 20), trained(whole, plain, 20));
+}
+TEST(HeldWeights, AnotherValueSetSinceCounts) {
+  auto model = net();
+  CompressionPipeline<Precision<BFloat16, ProductWeights>,
+                      OptimizerStates<optim::Fp32, optim::ErrorCorrection<16>>>
+      pipeline(model);
+  {
+    const torch::NoGradGuard no_grad;
+    model->head->weight.fill_(1);
+  }
+  const auto optimizer = pipeline.optimizer(torch::optim::AdamWOptions(0.5).weight_decay(1));
+  model->head->weight.mutable_grad() = torch::zeros_like(model->head->weight);
+  optimizer->step();
+  EXPECT_TRUE(model->head->weight.eq(0.5).all().item<bool>());
+}
 TEST(HeldWeights, EmbeddingsToo) {
   auto model = net();
   const CompressionPipeline<Precision<BFloat16, AllWeights>> pipeline(model);

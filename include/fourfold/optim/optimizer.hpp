@@ -22,6 +22,7 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/CPUGeneratorImpl.h>
 #include <fourfold/core/parameter_stepper.hpp>
+#include <fourfold/core/rounded_weight.hpp>
 #include <fourfold/optim/detail/optimizer_archive.hpp>
 #include <fourfold/optim/detail/parameter_step.hpp>
 #include <fourfold/optim/rule.hpp>
@@ -78,8 +79,14 @@ class Optimizer : public ::torch::optim::Optimizer, public ParameterStepper {
   void step_parameter(const at::Tensor& p) override { fold_gradient(p, 0, true); }
   void fold_gradient(const at::Tensor& p, std::int64_t micro_batch, bool last) override;
 
+  /// Whether more is kept of 16-bit weights than they hold.
+  static constexpr bool kKeepsWeights = kKeepsError<MasterCodec>;
+  /// To be called before the first step: weights that were converted go on from what they were, and
+  /// not from their rounding, as long as nobody has set them since. Others are left aside.
+  void start_from(std::vector<RoundedWeight> rounded);
+
   /// Bytes of all that is kept between steps beside weights and gradients. Before the first step
-  /// there are none.
+  /// there are none, unless weights were given to start_from().
   [[nodiscard]] std::int64_t state_bytes() const {
     std::int64_t bytes = 0;
     for (const auto& [key, state] : state_) bytes += static_cast<const State&>(*state).nbytes();
@@ -242,6 +249,24 @@ void Optimizer<R, M, V, W>::step_one(const at::Tensor& p, const GroupPlace& at,
     detail::step_values<R>(p, p.grad(), state, R::factors(options, count), keys, states_.maximize);
   else
     R::step(p, p.grad(), state, options, count, keys, states_.maximize);
+}
+
+template <UpdateRule R, class M, class V, class W>
+void Optimizer<R, M, V, W>::start_from(std::vector<RoundedWeight> rounded) {
+  if constexpr (kKeepsWeights) {
+    const std::lock_guard<std::mutex> lock(*mutex_);
+    for_each_parameter([&](const at::Tensor& p, const GroupPlace& at) {
+      for (RoundedWeight& one : rounded) {
+        if (!one.rest.defined() || !one.weight.is_same(p)) continue;
+        const at::Tensor rest = std::exchange(one.rest, {});
+        if (p._version() != one.version || !p.requires_grad()) continue;
+        State& state = state_for(p);
+        state.place = at;
+        state.template make<R>(p, options_of(at.group), states_.min_packed_elements);
+        detail::start_master<R>(p, rest, state);
+      }
+    });
+  }
 }
 
 template <UpdateRule R, class M, class V, class W>

@@ -37,6 +37,22 @@ struct Widen {
     for_each_value(n, [&](std::int64_t i) FOURFOLD_LOOP_BODY { out[i] = widened(x[i]); });
   }
 };
+/// fp32 of a weight and its rest: core/rounded_weight.hpp.
+struct WithRest {
+  FOURFOLD_LOOP static void run(float* __restrict out, const c10::BFloat16* __restrict x,
+                                const c10::BFloat16* __restrict rest, std::int64_t n) {
+    for_each_value(n, [&](std::int64_t i) FOURFOLD_LOOP_BODY {
+      const auto lower = static_cast<std::int16_t>(rest[i].x);
+      out[i] = std::bit_cast<float>((std::uint32_t{x[i].x} << 16) +
+                                    static_cast<std::uint32_t>(std::int32_t{lower}));
+    });
+  }
+  FOURFOLD_LOOP static void run(float* __restrict out, const c10::Half* __restrict x,
+                                const c10::Half* __restrict rest, std::int64_t n) {
+    for_each_value(
+        n, [&](std::int64_t i) FOURFOLD_LOOP_BODY { out[i] = widened(x[i]) + widened(rest[i]); });
+  }
+};
 /// bf16 or fp16, rounded to nearest.
 struct Narrow {
   template <class T>

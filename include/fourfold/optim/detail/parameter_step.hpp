@@ -120,5 +120,22 @@ void step_values(const at::Tensor& p, const at::Tensor& grad, State& state,
   });
 }
 
+/// The weights that p and `rest` (core/rounded_weight.hpp) hold together, from now on in p and its
+/// master.
+template <class Rule, class State>
+void start_master(const at::Tensor& p, const at::Tensor& rest, State& state) {
+  in_memory_order(p, rest, kByRows<Rule>, Rule::name(), [&]<class T>(T* values, const T* lost) {
+    if constexpr (std::is_same_v<T, c10::BFloat16> || std::is_same_v<T, c10::Half>) {
+      alignas(64) float exact[kTile];
+      for (std::int64_t begin = 0; begin < p.numel(); begin += kTile) {
+        const std::int64_t n = std::min(kTile, p.numel() - begin);
+        run_vectorised<WithRest>(fourfold::isa(), static_cast<float*>(exact), values + begin,
+                                 lost + begin, n);
+        state.master.store(begin, n, exact, values + begin, std::nullopt, fourfold::isa());
+      }
+    }
+  });
+}
+
 }  // namespace optim::detail
 }  // namespace fourfold::inline v0
