@@ -12,6 +12,9 @@
 #include <fourfold/optim/detail/master_code.hpp>
 #include <fourfold/optim/detail/update_code.hpp>
 
+#include <initializer_list>
+#include <tuple>
+
 #include "launch.cuh"
 
 namespace fourfold::cuda {
@@ -207,6 +210,67 @@ struct Levels4Moment {
   }
 };
 
+inline PhiloxStream stream_of(const FourfoldKey& key) {
+  return philox_stream({key.seed, key.step, key.forward, key.storage});
+}
+
+/// A moment by its number in FourfoldMoment, as a kernel's argument.
+struct AnyMoment {
+  std::int32_t code;
+  void* values;
+  void* scales;
+  std::int64_t n;
+  Noise noise;
+
+  AnyMoment(const FourfoldMoment& moment, std::int64_t n_)
+      : code(moment.code),
+        values(moment.values),
+        scales(moment.scales),
+        n(n_),
+        noise{stream_of(moment.key), moment.stochastic} {}
+
+  template <class M>
+  FOURFOLD_HOST_DEVICE M as() const {
+    if constexpr (std::is_same_v<M, NoMoment>)
+      return {};
+    else if constexpr (std::is_same_v<M, PlainMoment>)
+      return {static_cast<float*>(values)};
+    else if constexpr (std::is_same_v<M, Bf16Moment>)
+      return {static_cast<std::uint16_t*>(values), noise};
+    else if constexpr (requires { typename M::Code; })
+      return {static_cast<typename M::Code*>(values), static_cast<float*>(scales), noise};
+    else
+      return {static_cast<std::uint32_t*>(values), static_cast<std::uint16_t*>(scales),
+              ceil_div(n, M::kBlock), noise};
+  }
+};
+
+/// The moment of each number, by which a kernel of one pair is found.
+template <std::int32_t Code>
+using MomentOf = std::tuple_element_t<
+    Code,
+    std::tuple<NoMoment, PlainMoment, Bf16Moment, CompandedMoment<Softsign>, CompandedMoment<Sqrt>,
+               Levels4Moment<nf4::NormalLevels>, Levels4Moment<steps::LogLevels>>>;
+
+/// What is known when the kernel runs: for pairs that have no kernel of their own.
+template <std::int32_t... Codes>
+struct OneOf {
+  AnyMoment moment;
+  template <class F>
+  __device__ void visit(const F& f) const {
+    static_cast<void>(
+        ((moment.code == Codes ? (f(moment.as<MomentOf<Codes>>()), true) : false) || ...));
+  }
+  __device__ void load(float (&x)[8], std::int64_t at, int count) const {
+    visit([&](const auto& one) { one.load(x, at, count); });
+  }
+  __device__ void store(const float (&x)[8], std::int64_t at, int count) const {
+    visit([&](const auto& one) { one.store(x, at, count); });
+  }
+};
+using AnyFirst = OneOf<1, 2, 3, 5>;
+using AnySecond = OneOf<1, 2, 4, 6>;
+
 /// Weights and their gradient. `aligned`: each thread's eight of both lie where they move at once.
 struct StepWeights {
   enum Master { kNearest, kStochastic, kError8, kError16, kKahan, kCopy };
@@ -357,44 +421,6 @@ __global__ __launch_bounds__(kThreads) void step_kernel(StepWeights weights, Rul
   }
 }
 
-// From the table's run-time numbers to template arguments.
-
-inline PhiloxStream stream_of(const FourfoldKey& key) {
-  return philox_stream({key.seed, key.step, key.forward, key.storage});
-}
-template <class F>
-cudaError_t visit_first(const FourfoldMoment& moment, std::int64_t n, const F& f) {
-  const Noise noise{stream_of(moment.key), moment.stochastic};
-  switch (moment.code) {
-    case 1: return f(PlainMoment{static_cast<float*>(moment.values)});
-    case 2: return f(Bf16Moment{static_cast<std::uint16_t*>(moment.values), noise});
-    case 3:
-      return f(CompandedMoment<Softsign>{static_cast<std::int8_t*>(moment.values),
-                                         static_cast<float*>(moment.scales), noise});
-    case 5:
-      return f(Levels4Moment<nf4::NormalLevels>{static_cast<std::uint32_t*>(moment.values),
-                                                static_cast<std::uint16_t*>(moment.scales),
-                                                ceil_div(n, 64), noise});
-    default: return cudaErrorInvalidValue;
-  }
-}
-template <class F>
-cudaError_t visit_second(const FourfoldMoment& moment, std::int64_t n, const F& f) {
-  const Noise noise{stream_of(moment.key), moment.stochastic};
-  switch (moment.code) {
-    case 1: return f(PlainMoment{static_cast<float*>(moment.values)});
-    case 2: return f(Bf16Moment{static_cast<std::uint16_t*>(moment.values), noise});
-    case 4:
-      return f(CompandedMoment<Sqrt>{static_cast<std::uint8_t*>(moment.values),
-                                     static_cast<float*>(moment.scales), noise});
-    case 6:
-      return f(Levels4Moment<steps::LogLevels>{static_cast<std::uint32_t*>(moment.values),
-                                               static_cast<std::uint16_t*>(moment.scales),
-                                               ceil_div(n, 64), noise});
-    default: return cudaErrorInvalidValue;
-  }
-}
-
 inline cudaError_t step_by_rule(const FourfoldStep& step, cudaStream_t stream) {
   if (step.n == 0) return cudaSuccess;
   const auto misplaced = [](const void* p) { return reinterpret_cast<std::uintptr_t>(p) % 16; };
@@ -407,30 +433,49 @@ inline cudaError_t step_by_rule(const FourfoldStep& step, cudaStream_t stream) {
       .aligned = misplaced(step.weights) == 0 && misplaced(step.gradient) == 0,
       .negate = step.maximize,
       .noise = stream_of(step.key)};
-  const float* const x = step.numbers;
-  const auto run = [&](const auto& rule, const auto& first, const auto& second) {
-    return launch(step_kernel<std::decay_t<decltype(rule)>, std::decay_t<decltype(first)>,
-                              std::decay_t<decltype(second)>>,
-                  blocks_for(step.n, kThreads * 8), kThreads, 0, stream, weights, rule, first,
-                  second, step.n);
+  const AnyMoment first(step.first, step.n), second(step.second, step.n);
+  const auto is = [](const AnyMoment& moment, std::initializer_list<std::int32_t> codes) {
+    for (const std::int32_t code : codes)
+      if (moment.code == code) return true;
+    return false;
   };
-  const auto with_first = [&](const auto& rule) {
-    return visit_first(step.first, step.n,
-                       [&](const auto& first) { return run(rule, first, NoMoment{}); });
+  const auto run = [&](const auto& rule, const auto& m, const auto& v) {
+    return launch(step_kernel<std::decay_t<decltype(rule)>, std::decay_t<decltype(m)>,
+                              std::decay_t<decltype(v)>>,
+                  blocks_for(step.n, kThreads * 8), kThreads, 0, stream, weights, rule, m, v,
+                  step.n);
+  };
+  const auto of_pair = [&]<std::int32_t M, std::int32_t V>(const auto& rule) {
+    return run(rule, first.as<MomentOf<M>>(), second.as<MomentOf<V>>());
+  };
+  const float* const x = step.numbers;
+  if (step.rule == 0) {
+    const AdamWStep rule{{x[0], x[1], x[2], x[3], x[4], x[5], x[6], x[7]}, x[8]};
+    const auto pair = [&](std::int32_t m, std::int32_t v) {
+      return first.code == m && second.code == v;
+    };
+    if (pair(1, 1)) return of_pair.operator()<1, 1>(rule);
+    if (pair(2, 2)) return of_pair.operator()<2, 2>(rule);
+    if (pair(3, 4)) return of_pair.operator()<3, 4>(rule);
+    if (pair(5, 6)) return of_pair.operator()<5, 6>(rule);
+    if (!is(first, {1, 2, 3, 5}) || !is(second, {1, 2, 4, 6})) return cudaErrorInvalidValue;
+    return run(rule, AnyFirst{first}, AnySecond{second});
+  }
+  const auto of_first = [&](const auto& rule) {
+    switch (first.code) {
+      case 1: return of_pair.operator()<1, 0>(rule);
+      case 2: return of_pair.operator()<2, 0>(rule);
+      case 3: return of_pair.operator()<3, 0>(rule);
+      case 5: return of_pair.operator()<5, 0>(rule);
+      default: return cudaErrorInvalidValue;
+    }
   };
   const steps::SGDNumbers<float> sgd{x[0], x[1], x[2], x[3], x[4]};
   switch (step.rule) {
-    case 0:
-      return visit_first(step.first, step.n, [&](const auto& first) {
-        return visit_second(step.second, step.n, [&](const auto& second) {
-          return run(AdamWStep{{x[0], x[1], x[2], x[3], x[4], x[5], x[6], x[7]}, x[8]}, first,
-                     second);
-        });
-      });
-    case 1: return run(SGDStep<false>{sgd, false}, NoMoment{}, NoMoment{});
+    case 1: return of_pair.operator()<0, 0>(SGDStep<false>{sgd, false});
     case 2:
-    case 3: return with_first(SGDStep<true>{sgd, step.rule == 3});
-    case 4: return with_first(LionStep{{x[0], x[1], x[2], x[3], x[4], x[5]}});
+    case 3: return of_first(SGDStep<true>{sgd, step.rule == 3});
+    case 4: return of_first(LionStep{{x[0], x[1], x[2], x[3], x[4], x[5]}});
     default: return cudaErrorInvalidValue;
   }
 }
