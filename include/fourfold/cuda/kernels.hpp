@@ -67,7 +67,7 @@ struct FourfoldKernels {
                        std::int64_t rank, void* stream);
   /// The bits and the other value of n patterns of `width` (1, 2, 4 or 8) bytes. found (2): the
   /// index of the first that is not 0, and of the first that is a third one; n where there is none.
-  /// With a third one the bits are not all written.
+  /// With a third one the bits are not all written. Of 1 byte (bool) none is a third one.
   int (*compress_mask)(std::int32_t width, void* bits, void* other, std::int64_t* found,
                        const void* x, std::int64_t n, void* stream);
   int (*decompress_mask)(std::int32_t width, void* out, const void* bits, const void* other,
