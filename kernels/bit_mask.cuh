@@ -48,7 +48,7 @@ __global__ __launch_bounds__(kThreads) void bit_mask_kernel(
     for (int word = 0; word < kWords; ++word) {
       const bool some = values[word] != 0;
       // Of bools all that is not 0 is true, so that nobody need wait for found[1].
-      const bool strange = sizeof(U) > 1 && some && values[word] != known;
+      const bool strange = some && values[word] != known && (!Second || sizeof(U) > 1);
       const unsigned votes = __ballot_sync(kFullWarp, some);
       const unsigned strangers = __ballot_sync(kFullWarp, strange);
       if (lane == word) mine = votes;
