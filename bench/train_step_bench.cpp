@@ -6,6 +6,8 @@
 ///   train_step/<preset>/linear_cross_entropy  the same with logits for a few rows at a time
 ///   train_step/<preset>/resnet50              ResNet-50, 8 images of 224 x 224
 ///   train_step/<preset>/bert_large            4 of BERT-large's 24 layers, 4 x 256 tokens
+/// FOURFOLD_DEVICE=cuda in the environment measures on a GPU: device_peak_bytes is then what its caching
+/// allocator says, and the other bytes are the CPU's.
 #include <fourfold/fourfold.hpp>
 #include <fourfold/presets_release.hpp>
 
@@ -14,14 +16,27 @@
 #include "../examples/models/transformer.hpp"
 
 #include <benchmark/benchmark.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
 #include <torch/nn/functional/loss.h>
 #include <torch/utils.h>
 
+#include <cstdlib>
 #include <functional>
 #include <memory>
 #include <string>
 
 namespace {
+
+at::Device device() {
+  static const char* const named = std::getenv("FOURFOLD_DEVICE");
+  return at::Device(named != nullptr ? named : "cpu");
+}
+/// The step's work is done when its time is taken.
+void wait() {
+  if (!device().is_cuda()) return;
+  const c10::impl::VirtualGuardImpl gpu(at::kCUDA);
+  gpu.synchronizeStream(gpu.getStream(gpu.getDevice()));
+}
 
 struct Workload {
   std::shared_ptr<torch::nn::Module> module;
@@ -32,8 +47,8 @@ Workload transformer(bool whole_logits) {
   const models::TransformerOptions options{.vocabulary = 10000, .width = 512};
   models::Transformer model(options);
   const auto tokens = torch::randint(options.vocabulary, {8, options.context + 1}, torch::kLong);
-  const auto input = tokens.slice(1, 0, options.context).contiguous();
-  const auto target = tokens.slice(1, 1).contiguous();
+  const auto input = tokens.slice(1, 0, options.context).contiguous().to(device());
+  const auto target = tokens.slice(1, 1).contiguous().to(device());
   return {model.ptr(), [=]() mutable {
             if (!whole_logits) return model->loss(input, target);
             const auto logits = model(input).flatten(0, 1);
@@ -42,15 +57,15 @@ Workload transformer(bool whole_logits) {
 }
 Workload resnet50() {
   auto model = models::resnet();
-  const auto x = torch::randn({8, 3, 224, 224});
-  const auto target = torch::randint(1000, {8}, torch::kLong);
+  const auto x = torch::randn({8, 3, 224, 224}).to(device());
+  const auto target = torch::randint(1000, {8}, torch::kLong).to(device());
   return {model.ptr(), [=]() mutable {
             return torch::nn::functional::cross_entropy(model->forward(x), target);
           }};
 }
 Workload bert_large() {
   auto model = models::bert({.layers = 4});
-  const auto x = torch::randn({256, 4, 1024});
+  const auto x = torch::randn({256, 4, 1024}).to(device());
   return {model.ptr(), [=]() mutable { return model->forward(x).square().mean(); }};
 }
 
@@ -61,6 +76,7 @@ void train_step(benchmark::State& state, Workload (*make)()) {
   fourfold::Meter::restart_resident_peak();
   torch::manual_seed(0);
   Workload workload = make();
+  workload.module->to(device());
   auto pipeline = Pipeline(*workload.module);
   auto optimizer = pipeline.optimizer(torch::optim::AdamWOptions(1e-4));
   const auto step = [&] {
@@ -68,6 +84,7 @@ void train_step(benchmark::State& state, Workload (*make)()) {
     const auto loss = pipeline.forward(workload.loss);
     loss.backward();
     if constexpr (!Pipeline::kReleases) optimizer->step();
+    wait();
   };
   step();  // states exist from here on
   meter.restart_peak();
@@ -77,6 +94,7 @@ void train_step(benchmark::State& state, Workload (*make)()) {
   using fourfold::Place;
   const auto bytes = [](std::int64_t n) { return benchmark::Counter(static_cast<double>(n)); };
   state.counters["peak_bytes"] = bytes(ledger.bytes.peak);
+  if (device().is_cuda()) state.counters["device_peak_bytes"] = bytes(meter.bytes(device()).peak);
   state.counters["saved_bytes"] = bytes(ledger.saved_bytes);
   state.counters["resident_peak_bytes"] = bytes(fourfold::Meter::resident_peak());
   state.counters["weight_bytes"] = bytes(ledger[Place::kWeights].own_peak);

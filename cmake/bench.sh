@@ -9,6 +9,7 @@ build benches
 mkdir -p build/bench
 for source in bench/*_bench.cpp; do
   name=$(basename "$source" .cpp)
+  if [ "$name" = gpu_bench ] && [ "$torch_cuda" != 1 ]; then continue; fi  # gpu.sh runs it
   "$build_dir/bench/$name" --benchmark_out="build/bench/$name.json" --benchmark_out_format=json "$@"
 done
 python3 cmake/bench_table.py build/bench

@@ -8,6 +8,7 @@
 #   FOURFOLD_JOBS            how many compilers run at once
 #   FOURFOLD_TORCH_CUDA      1 links LibTorch's CUDA operators, 0 does not; else where nvcc and a GPU are
 #   CMAKE_PREFIX_PATH, Torch_DIR, CXX   as CMake knows them
+# A script may set `preset` (release) and `cmake_options` (one word each) before it sources this.
 set -eu
 [ -f cmake/setup.sh ] || cd "$(dirname "$0")/.."
 
@@ -44,7 +45,7 @@ missing=
 if [ -z "${CXX:-}" ] && ! have c++ && ! have g++; then missing="$missing g++"; fi
 have cmake || missing="$missing cmake"
 have ninja || missing="$missing ninja-build"
-have ccache || missing="$missing ccache"
+[ "${preset:-}" = cuda ] || have ccache || missing="$missing ccache"  # gpu.sh builds once
 have python3 || missing="$missing python3"
 have_header gtest/gtest.h || missing="$missing libgtest-dev"
 have_header gmock/gmock.h || missing="$missing libgmock-dev"
@@ -78,14 +79,15 @@ if [ -z "$torch_root" ] || [ "$torch_root" = "$PWD/build/torch-$torch_version/to
   python3 $fetch || exit 1
 fi
 
-build_dir=build/release
-if [ "$torch_version" != 2.11.0 ]; then build_dir=build/release-torch-$torch_version; fi
-wanted="$torch_root $torch_cuda"
+build_dir=build/${preset:=release}
+if [ "$torch_version" != 2.11.0 ]; then build_dir=$build_dir-torch-$torch_version; fi
+wanted="$torch_root $torch_cuda${cmake_options:+ $cmake_options}"
 if [ ! -f "$build_dir/build.ninja" ] || [ "$(cat "$build_dir/configured_for" 2>/dev/null)" != "$wanted" ]; then
   cuda=OFF
   if [ "$torch_cuda" = 1 ]; then cuda=ON; fi
-  cmake --preset release -B "$build_dir" -DFOURFOLD_TORCH_ROOT="$torch_root" \
-    -DFOURFOLD_TORCH_CUDA="$cuda" || exit 1
+  # shellcheck disable=SC2086  # options are words
+  cmake --preset "$preset" -B "$build_dir" -DFOURFOLD_TORCH_ROOT="$torch_root" \
+    -DFOURFOLD_TORCH_CUDA="$cuda" ${cmake_options:-} || exit 1
   echo "$wanted" >"$build_dir/configured_for"
 fi
 

@@ -46,7 +46,9 @@ __global__ __launch_bounds__(kThreads) void bit_mask_kernel(
     bool ended = false;
 #pragma unroll
     for (int word = 0; word < kWords; ++word) {
-      const bool some = values[word] != 0, strange = some && values[word] != known;
+      const bool some = values[word] != 0;
+      // Of bools all that is not 0 is true, so that nobody need wait for found[1].
+      const bool strange = some && values[word] != known && (!Second || sizeof(U) > 1);
       const unsigned votes = __ballot_sync(kFullWarp, some);
       const unsigned strangers = __ballot_sync(kFullWarp, strange);
       if (lane == word) mine = votes;

@@ -173,6 +173,19 @@ TEST(ExactCodes, PoolIndicesAreOneByteEach) {
   }
 }
 
+/// As on a GPU, where dropout is this operator, whose mask is a bool tensor.
+TEST(ExactCodes, MaskThatAnOperatorReturnsTakesOneBit) {
+  const auto x = torch::randn({4096 + 5});
+  const Function fn = [](const torch::Tensor& leaf) {
+    torch::manual_seed(11);
+    return std::get<0>(torch::native_dropout(leaf * 1, 0.25, true));
+  };
+  const Ran ours = run(fn, x, exact());
+  EXPECT_TRUE(same_bits(ours.gradient, run(fn, x, nullptr).gradient));
+  EXPECT_EQ(ours.counts.masks, 1);
+  EXPECT_EQ(ours.held, (4096 + 5 + 7) / 8 + 1);
+}
+
 TEST(ExactCodes, IntegersOfTheForwardsOwnAreNarrowed) {
   torch::manual_seed(4);
   const auto x = torch::randn({3000, 4});

@@ -1,21 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 /// GradScaler on a GPU: Python's scales, as on the CPU.
-#include <ATen/Context.h>
 #include <gtest/gtest.h>
 #include <torch/torch.h>
-#include <fourfold/cuda/kernels.hpp>
+#include "tests/gpu/on_gpu.hpp"
 #include "tests/gradients/scripted_runs.hpp"
 
 namespace {
 
-/// The condition of tests/gpu/kernels_test.cpp, so that all suites here are skipped, or none.
-class GpuGradScaler : public testing::Test {
- protected:
-  void SetUp() override {
-    if (!at::hasCUDA() || fourfold::cuda::kernels() == nullptr)
-      GTEST_SKIP() << "LibTorch finds no GPU, or fourfold::cuda is not linked";
-  }
-};
+class GpuGradScaler : public fourfold::tests::OnGpu {};
 
 TEST_F(GpuGradScaler, ScalesArePythonsInAScriptedRun) {
   fourfold::tests::expect_scripted_run(torch::kCUDA);

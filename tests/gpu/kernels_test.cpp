@@ -2,7 +2,6 @@
 /// What fourfold::cuda computes on a GPU is what the CPU computes: codes, scales and decoded values
 /// bit for bit, products within the bounds of their sums. All suites here are named Gpu..., and all
 /// of their cases are skipped where there is no GPU: ctest runs them as an entry of their own.
-#include <ATen/Context.h>
 #include <gtest/gtest.h>
 #include <torch/torch.h>
 #include <fourfold/codec/bit_mask.hpp>
@@ -11,12 +10,11 @@
 #include <fourfold/codec/low_rank.hpp>
 #include <fourfold/codec/nf4.hpp>
 #include <fourfold/codec/packed_matmul.hpp>
-#include <fourfold/cuda/kernels.hpp>
 #include <fourfold/presets.hpp>
 #include <fourfold/weights/compress_weights.hpp>
+#include "tests/gpu/on_gpu.hpp"
 
 #include <cmath>
-#include <cstring>
 #include <limits>
 #include <string>
 #include <type_traits>
@@ -27,28 +25,11 @@ namespace {
 
 using namespace fourfold;
 
-/// One condition for all cases, so that either every one is skipped or none.
-class OnGpu : public testing::Test {
- protected:
-  void SetUp() override {
-    if (!at::hasCUDA())
-      GTEST_SKIP() << "LibTorch finds no GPU (or its CUDA operators are not linked: configure with "
-                      "FOURFOLD_TORCH_CUDA=ON)";
-    if (cuda::kernels() == nullptr) GTEST_SKIP() << "fourfold::cuda is not linked";
-    torch::manual_seed(7);
-  }
-};
+using fourfold::tests::OnGpu;
 
-/// Bit for bit, wherever they are; a NaN equals any other.
+/// The same bits, the second ones on a GPU.
 bool same(const at::Tensor& cpu, const at::Tensor& gpu) {
-  if (!gpu.is_cuda() || cpu.sizes() != gpu.sizes() || cpu.scalar_type() != gpu.scalar_type())
-    return false;
-  at::Tensor a = cpu.contiguous(), b = gpu.cpu().contiguous();
-  if (a.is_floating_point()) {
-    if (!a.isnan().equal(b.isnan())) return false;
-    a = a.masked_fill(a.isnan(), 0), b = b.masked_fill(b.isnan(), 0);
-  }
-  return a.nbytes() == 0 || std::memcmp(a.const_data_ptr(), b.const_data_ptr(), a.nbytes()) == 0;
+  return gpu.is_cuda() && fourfold::tests::same_bits(cpu, gpu);
 }
 
 template <class Packed>

@@ -88,7 +88,8 @@ std::optional<BitMaskResult> bit_mask_by_kernel(const at::Tensor& flat) {
                                      n, stream);
       }))
     return std::nullopt;
-  const auto third = found[1].item<std::int64_t>();
+  // A bool is 0 or not: the program need not wait for the device, once for each dropout.
+  const std::int64_t third = sizeof(U) == 1 ? n : found[1].item<std::int64_t>();
   if (third < n) return BitMaskResult{{}, third};
   return BitMaskResult{{std::move(bits), std::move(other)}, n};
 }

@@ -145,7 +145,8 @@ class Optimizer : public ::torch::optim::Optimizer, public ParameterStepper {
   const State* find(const at::Tensor& p) const { return detail::find_state<State>(state_, p); }
   State& state_for(const at::Tensor& p) {
     auto& state = state_[p.unsafeGetTensorImpl()];
-    if (state == nullptr) state = std::make_unique<State>(p, kByRows<Rule>);
+    if (state == nullptr)
+      state = std::make_unique<State>(p, kByRows<Rule>, detail::state_device<Rule, State>(p));
     return static_cast<State&>(*state);
   }
 
@@ -223,7 +224,9 @@ void Optimizer<R, M, V, W>::check(const at::Tensor& p, const GroupPlace& at) {
       " now, and was not when its states were made; build the optimizer anew after changing "
       "a parameter's dtype");
   TORCH_CHECK(
-      detail::same_order(state->sizes, detail::state_strides(p, kByRows<R>), state->strides),
+      detail::same_order(state->sizes,
+                         detail::state_strides(p, kByRows<R>, detail::state_device<R, State>(p)),
+                         state->strides),
       R::name(), ": parameter ", index, " lies in memory with strides ", p.strides(), " on ",
       p.device(), ", and its states for ", at::IntArrayRef(state->strides),
       "; build the optimizer anew after changing a parameter's memory format");
@@ -236,7 +239,8 @@ void Optimizer<R, M, V, W>::step_one(const at::Tensor& p, const GroupPlace& at,
   const Options& options = options_of(at.group);
   State& state = state_for(p);
   state.place = at;
-  const bool fresh = state.template make<R>(p, options, states_.min_packed_elements);
+  const bool fresh = state.template make<R>(p, options, states_.min_packed_elements,
+                                            detail::state_device<R, State>(p));
   const StepCount count{state.step += micro_batch == 0, fresh};
   detail::StepKeys keys(seed_, state.step, static_cast<std::uint64_t>(2 * index_of(at)),
                         states_.stochastic);

@@ -12,6 +12,7 @@
 #include <fourfold/activations/detail/saved_views.hpp>
 #include <fourfold/activations/detail/stored.hpp>
 #include <fourfold/activations/detail/tape.hpp>
+#include <fourfold/cuda/kernels.hpp>
 
 #include <atomic>
 #include <cstdint>
@@ -35,7 +36,9 @@ class BasicEncoder {
   [[nodiscard]] bool stays(const at::Tensor& tensor, const at::Tensor& attached,
                            const Tape* tape) const {
     const at::ScalarType dtype = tensor.scalar_type();
-    const bool bits = dtype == at::kBool && tensor.is_cpu();
+    // On a GPU dropout's mask is a bool tensor; without our kernel its bits would take several passes.
+    const bool bits =
+        dtype == at::kBool && (tensor.is_cpu() || fourfold::cuda::kernels() != nullptr);
     const bool integers = dtype == at::kLong || dtype == at::kInt;
     if (!at::isFloatingType(dtype) && !bits && !integers) return true;
     if (options_.keep && options_.keep(tensor)) return true;
@@ -43,7 +46,8 @@ class BasicEncoder {
     const Tape::Origin* origin = tape ? tape->origin(key) : nullptr;
     const Tape::Frame* frame = tape ? tape->frame() : nullptr;
     const bool result = frame != nullptr && frame->argument(key) == nullptr;
-    const bool made_here = (origin != nullptr && origin->time != 0) || (integers && result);
+    const bool made_here =
+        (origin != nullptr && origin->time != 0) || ((integers || bits) && result);
     if (attached.is_leaf() && !made_here) return true;  // a constant, which somebody holds
     if (integers) return false;
     if (!result) return false;

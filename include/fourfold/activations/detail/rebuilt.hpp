@@ -85,8 +85,12 @@ class BasicRebuilt final : public Stored, public std::enable_shared_from_this<Ba
 
   c10::Storage storage() override {
     const std::lock_guard lock(mutex_);
-    if (held_ != nullptr) return held_->storage();
-    if (auto alive = dense_.lock()) return c10::Storage(std::move(alive));
+    auto alive = held_ == nullptr ? dense_.lock() : c10::intrusive_ptr<c10::StorageImpl>();
+    if (held_ != nullptr || alive) {
+      c10::Storage shared = held_ != nullptr ? held_->storage() : c10::Storage(std::move(alive));
+      cuda::read_on_current_stream(shared, computed_on_);
+      return shared;
+    }
     note_decoding();
     const at::Tensor values = compute();
     dense_ = values.storage().getWeakStorageImpl();
@@ -130,6 +134,7 @@ class BasicRebuilt final : public Stored, public std::enable_shared_from_this<Ba
       stack.push_back(input.stored ? at::IValue(input.stored->view(input.view)) : input.constant);
     call_->op.callBoxed(stack);
     at::Tensor values = std::move(stack.at(result_)).toTensor();
+    computed_on_ = cuda::current_stream(values.device());
     const StorageView& expected = call_->results[result_].view;
     TORCH_INTERNAL_ASSERT(
         values.scalar_type() == expected.dtype && values.sizes() == at::IntArrayRef(expected.sizes),
@@ -147,6 +152,7 @@ class BasicRebuilt final : public Stored, public std::enable_shared_from_this<Ba
   std::mutex mutex_;
   WeakStorage dense_{c10::Storage().getWeakStorageImpl()};
   std::shared_ptr<HeldStorage> held_;
+  std::optional<c10::Stream> computed_on_;
 };
 using Rebuilt = BasicRebuilt<>;
 

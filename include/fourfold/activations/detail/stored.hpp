@@ -5,12 +5,14 @@
 #include <ATen/ops/empty.h>
 #include <fourfold/activations/detail/storage_index.hpp>
 #include <fourfold/core/payload.hpp>
+#include <fourfold/cuda/stream_order.hpp>
 #include <fourfold/torch/operators.hpp>  // OperatorsPause
 
 #include <algorithm>
 #include <cstdint>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <utility>
 #include <vector>
 
@@ -80,6 +82,7 @@ class BasicPacked final : public Stored, public std::enable_shared_from_this<Bas
               bool borrowed = false)
       : Stored(std::move(use), version, dtype, std::move(extent)),
         payload_(std::move(payload)),
+        packed_on_(cuda::current_stream(payload_->device())),
         kind_(kind),
         bytes_(borrowed ? 0 : payload_->nbytes()) {
     use_->index()->totals().held.add(bytes_);
@@ -89,9 +92,15 @@ class BasicPacked final : public Stored, public std::enable_shared_from_this<Bas
 
   c10::Storage storage() override {
     const std::lock_guard lock(mutex_);
-    if (auto alive = dense_.lock()) return c10::Storage(std::move(alive));
+    if (auto alive = dense_.lock()) {
+      c10::Storage shared(std::move(alive));
+      cuda::read_on_current_stream(shared, decoded_on_);
+      return shared;
+    }
     const door::OperatorsPause pause;
     note_decoding();
+    for (const at::Tensor& buffer : payload_->buffers())
+      cuda::read_on_current_stream(buffer.storage(), packed_on_);
     at::Tensor values = payload_->decompress();
     TORCH_INTERNAL_ASSERT(values.numel() == extent_.numel() && values.is_contiguous() &&
                           values.storage_offset() == 0 && values.scalar_type() == dtype_);
@@ -103,6 +112,7 @@ class BasicPacked final : public Stored, public std::enable_shared_from_this<Bas
     if (values.storage().unsafeGetStorageImpl() == use_->key())
       return values.storage();  // as it is
     dense_ = values.storage().getWeakStorageImpl();
+    decoded_on_ = cuda::current_stream(values.device());
     note_decoded(values.storage());
     if (extent_.dense()) use_->index()->mark_decoded(values.storage(), weak_from_this());
     return values.storage();
@@ -114,10 +124,12 @@ class BasicPacked final : public Stored, public std::enable_shared_from_this<Bas
 
  private:
   const std::shared_ptr<const Payload> payload_;
+  const std::optional<c10::Stream> packed_on_;
   const StoredAs kind_;
   const std::int64_t bytes_;
   std::mutex mutex_;
   WeakStorage dense_{c10::Storage().getWeakStorageImpl()};
+  std::optional<c10::Stream> decoded_on_;
 };
 using Packed = BasicPacked<>;
 
