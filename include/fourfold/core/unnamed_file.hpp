@@ -110,6 +110,11 @@ class UnnamedFile {
   void write_back(std::int64_t bytes, std::int64_t offset) noexcept {
     ::sync_file_range(file_, offset, bytes, SYNC_FILE_RANGE_WRITE);
   }
+  /// Writes everything out and has the system forget what it has of the file, as far as it can.
+  void drop_cache() noexcept {
+    ::fdatasync(file_);
+    ::posix_fadvise(file_, 0, 0, POSIX_FADV_DONTNEED);
+  }
 
  private:
   /// Beyond RLIMIT_FSIZE a write is an error here, and does not end the process.

@@ -21,6 +21,7 @@
 #include <ATen/core/grad_mode.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/CPUGeneratorImpl.h>
+#include <fourfold/core/buffer_holder.hpp>
 #include <fourfold/core/parameter_stepper.hpp>
 #include <fourfold/optim/detail/optimizer_archive.hpp>
 #include <fourfold/optim/detail/parameter_step.hpp>
@@ -41,6 +42,7 @@ struct StateOptions {
   std::int64_t min_packed_elements = 4096;  ///< smaller moments are held in fp32
   bool stochastic = true;                   ///< false: moments are rounded to nearest
   bool maximize = false;                    ///< steps along the gradient, not against it
+  std::shared_ptr<BufferHolder> offload{};  ///< who holds the larger of them; null: memory
 };
 
 template <UpdateRule Rule, class MomentCodec, class SecondMomentCodec,
@@ -134,6 +136,7 @@ class Optimizer : public ::torch::optim::Optimizer, public ParameterStepper {
   void check(const at::Tensor& p, const GroupPlace& at);
   void step_one(const at::Tensor& p, const GroupPlace& at, std::int64_t micro_batch = 0,
                 bool last = true);
+  void read_ahead(const at::Tensor& p, State& state);
 
   const State* find(const at::Tensor& p) const { return detail::find_state<State>(state_, p); }
   State& state_for(const at::Tensor& p) {
@@ -144,6 +147,7 @@ class Optimizer : public ::torch::optim::Optimizer, public ParameterStepper {
 
   StateOptions states_;
   std::uint64_t seed_;
+  void* last_ = nullptr;  ///< whose states were stepped last
   std::unique_ptr<std::mutex> mutex_ = std::make_unique<std::mutex>();  ///< an optimizer may move
 };
 
@@ -230,6 +234,11 @@ void Optimizer<R, M, V, W>::step_one(const at::Tensor& p, const GroupPlace& at,
   State& state = state_for(p);
   state.place = at;
   const bool fresh = state.template make<R>(p, options, states_.min_packed_elements);
+  BufferHolder* const holder = states_.offload.get();
+  if (holder != nullptr) {
+    if (fresh) state.for_each_buffer([&](at::Tensor& buffer) { buffer = holder->hold(buffer); });
+    read_ahead(p, state);
+  }
   const StepCount count{state.step += micro_batch == 0, fresh};
   detail::StepKeys keys(seed_, state.step, static_cast<std::uint64_t>(2 * index_of(at)),
                         states_.stochastic);
@@ -242,6 +251,19 @@ void Optimizer<R, M, V, W>::step_one(const at::Tensor& p, const GroupPlace& at,
     detail::step_values<R>(p, p.grad(), state, R::factors(options, count), keys, states_.maximize);
   else
     R::step(p, p.grad(), state, options, count, keys, states_.maximize);
+  if (holder != nullptr)
+    state.for_each_buffer([&](const at::Tensor& buffer) { holder->done_with(buffer); });
+}
+
+/// Parameters are stepped in the order of the step before: by step() in that of the groups, in
+/// backward in that in which gradients are complete.
+template <UpdateRule R, class M, class V, class W>
+void Optimizer<R, M, V, W>::read_ahead(const at::Tensor& p, State& state) {
+  void* const key = p.unsafeGetTensorImpl();
+  if (State* before = detail::find_state<State>(state_, last_)) before->next = key;
+  last_ = key;
+  if (State* next = detail::find_state<State>(state_, state.next))
+    next->for_each_buffer([&](const at::Tensor& buffer) { states_.offload->will_need(buffer); });
 }
 
 template <UpdateRule R, class M, class V, class W>
@@ -252,10 +274,14 @@ void Optimizer<R, M, V, W>::load(::torch::serialize::InputArchive& archive) {
     options_of(g) = static_cast<const Options&>(*loaded.groups[g].options);
     for (std::size_t i = 0; i < param_groups_[g].params().size(); ++i) {
       void* key = param_groups_[g].params()[i].unsafeGetTensorImpl();
-      if (auto& state = loaded.groups[g].states[i]; state != nullptr)
-        state_[key] = std::move(state);
-      else
+      auto& state = loaded.groups[g].states[i];
+      if (state == nullptr) {
         state_.erase(key);
+        continue;
+      }
+      if (states_.offload)
+        state->for_each_buffer([&](at::Tensor& buffer) { buffer = states_.offload->hold(buffer); });
+      state_[key] = std::move(state);
     }
   }
 }

@@ -23,9 +23,13 @@ namespace optim::detail {
 using StateMap = ska::flat_hash_map<void*, std::unique_ptr<::torch::optim::OptimizerParamState>>;
 
 template <class State>
+State* find_state(const StateMap& states, void* parameter) {
+  const auto found = states.find(parameter);
+  return found == states.end() ? nullptr : static_cast<State*>(found->second.get());
+}
+template <class State>
 const State* find_state(const StateMap& states, const at::Tensor& p) {
-  const auto found = states.find(p.unsafeGetTensorImpl());
-  return found == states.end() ? nullptr : static_cast<const State*>(found->second.get());
+  return find_state<State>(states, p.unsafeGetTensorImpl());
 }
 
 inline constexpr std::int64_t kFormatVersion = 2;

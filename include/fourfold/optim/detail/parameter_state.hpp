@@ -68,6 +68,7 @@ struct ParameterState final : public ::torch::optim::OptimizerCloneableParamStat
 
   std::int64_t step = 0;
   GroupPlace place;                   ///< where it stood at its last step
+  void* next = nullptr;               ///< whose states were stepped after these
   std::vector<std::int64_t> sizes;    ///< of the parameter
   std::vector<std::int64_t> strides;  ///< state_strides() of it
   Moment<First> first;
@@ -90,6 +91,13 @@ struct ParameterState final : public ::torch::optim::OptimizerCloneableParamStat
       second = Moment<Second>(n.second, n.second >= min_packed_elements);
     if (fresh) extra = make_extra<Rule>(p, options);
     return fresh;
+  }
+  /// f(buffer) for all that is kept.
+  template <class F>
+  void for_each_buffer(const F& f) {
+    for (std::vector<at::Tensor>* all :
+         {&first.buffers(), &second.buffers(), &master.buffers(), &extra})
+      for (at::Tensor& buffer : *all) f(buffer);
   }
   [[nodiscard]] std::int64_t nbytes() const {
     std::int64_t bytes = first.nbytes() + second.nbytes() + master.nbytes();
