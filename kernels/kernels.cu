@@ -69,11 +69,16 @@ int decompress_scales(void* scales, const void* codes, const void* steps, std::i
   return cuda::decompress_nf4_scales(scales, codes, steps, blocks, as_stream(stream));
 }
 
+int step(const FourfoldStep* one, void* stream) {
+  return cuda::optimizer_step(*one, as_stream(stream));
+}
+
 }  // namespace
 
 extern "C" const FourfoldKernels* fourfold_cuda_kernels() {
   static constexpr FourfoldKernels kTable{
-      cuda::kKernelsVersion, compress,        decompress,      matmul,           factor_matmul,
-      compress_mask,         decompress_mask, compress_scales, decompress_scales};
+      cuda::kKernelsVersion, compress,      decompress,      matmul,
+      factor_matmul,         compress_mask, decompress_mask, compress_scales,
+      decompress_scales,     step};
   return &kTable;
 }

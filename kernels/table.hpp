@@ -38,5 +38,6 @@ cudaError_t compress_bit_mask(std::int32_t width, void* bits, void* other, std::
                               const void* x, std::int64_t n, cudaStream_t);
 cudaError_t decompress_bit_mask(std::int32_t width, void* out, const void* bits, const void* other,
                                 std::int64_t n, cudaStream_t);
+cudaError_t optimizer_step(const FourfoldStep&, cudaStream_t);
 
 }  // namespace fourfold::cuda

@@ -11,6 +11,8 @@
 #else
 #define FOURFOLD_HOST_DEVICE
 #endif
+/// Arithmetic of one value that vectorised loops call: inlined there for their instruction set.
+#define FOURFOLD_ONE_VALUE __attribute__((always_inline)) FOURFOLD_HOST_DEVICE inline
 
 namespace fourfold::inline v0 {
 
@@ -18,6 +20,13 @@ namespace fourfold::inline v0 {
 FOURFOLD_HOST_DEVICE inline float fma(float a, float b, float c) {
 #if defined(__CUDA_ARCH__)
   return __fmaf_rn(a, b, c);
+#else
+  return std::fma(a, b, c);
+#endif
+}
+FOURFOLD_HOST_DEVICE inline double fma(double a, double b, double c) {
+#if defined(__CUDA_ARCH__)
+  return __fma_rn(a, b, c);
 #else
   return std::fma(a, b, c);
 #endif

@@ -22,6 +22,33 @@ struct FourfoldKey {
   std::uint64_t seed, step, forward, storage;
 };
 
+/// A moment of an optimizer. `code` 0: none; 1: fp32; 2: bf16; 3: companded by softsign; 4: companded
+/// by square root; 5: Normal4; 6: Log4 (optim/state_codes.hpp; scales of the last two are bf16).
+struct FourfoldMoment {
+  std::int32_t code;
+  bool stochastic;  ///< rounded by `key`, else to nearest
+  void* values;     ///< or codes
+  void* scales;
+  FourfoldKey key;
+};
+
+/// One parameter's step by an elementwise rule. `rule` 0: AdamW, and Adam, whose weight decay is the
+/// ninth number; 1: SGD; 2: with momentum; 3: Nesterov's; 4: Lion. `numbers`: those of
+/// optim/detail/update_code.hpp, in its order. `master`, of 16-bit weights, 0: nearest; 1: stochastic;
+/// 2, 3: error correction of 8 and 16 bits; 4: Kahan; 5: fp32 (optim/master_codec.hpp).
+struct FourfoldStep {
+  std::int32_t rule, master;
+  float numbers[9];
+  FourfoldDtype dtype;  ///< of weights and gradient
+  bool maximize;        ///< along the gradient, not against it
+  void* weights;        ///< (n)
+  const void* gradient;
+  void* error;  ///< what the master codec keeps of each weight, or null
+  FourfoldMoment first, second;
+  FourfoldKey key;  ///< of the master's noise
+  std::int64_t n;
+};
+
 struct FourfoldKernels {
   std::int32_t version;  ///< kKernelsVersion of the library that was linked
   /// codes and scales as the format's codec documents them; x (n).
@@ -51,6 +78,7 @@ struct FourfoldKernels {
                          void* stream);
   int (*decompress_scales)(void* scales, const void* codes, const void* steps, std::int64_t blocks,
                            void* stream);
+  int (*step)(const FourfoldStep*, void* stream);
 };
 
 [[gnu::weak]] const FourfoldKernels* fourfold_cuda_kernels();
@@ -59,7 +87,7 @@ struct FourfoldKernels {
 
 namespace fourfold::cuda {
 
-inline constexpr std::int32_t kKernelsVersion = 3;
+inline constexpr std::int32_t kKernelsVersion = 4;
 
 /// The linked kernels, or null: without fourfold::cuda, or with another version of it.
 inline const FourfoldKernels* kernels() {

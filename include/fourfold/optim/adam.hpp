@@ -21,8 +21,9 @@ struct AddWeightDecay {
   template <class T>
   FOURFOLD_LOOP static void run(T* __restrict out, const T* __restrict g, const T* __restrict p,
                                 std::int64_t n, T weight_decay) {
-    for_each_value(
-        n, [&](std::int64_t i) FOURFOLD_LOOP_BODY { out[i] = std::fma(p[i], weight_decay, g[i]); });
+    for_each_value(n, [&](std::int64_t i) FOURFOLD_LOOP_BODY {
+      out[i] = add_weight_decay(g[i], p[i], weight_decay);
+    });
   }
 };
 
@@ -55,6 +56,9 @@ struct AdamRule {
                                                      static_cast<T>(k.weight_decay));
       detail::update(p + i, decayed, m + i, v + i, part, k.adamw, isa);
     }
+  }
+  static KernelUpdate in_kernel(const Factors& k, const MomentSizes&) {
+    return detail::adamw_in_kernel(k.adamw, k.weight_decay);
   }
 };
 static_assert(ElementwiseRule<AdamRule>);

@@ -30,6 +30,11 @@ void check_adam_options(const Options& options, const std::string& whose, const 
               ", and packed states have no third moment for it; use torch::optim::", theirs,
               ", or amsgrad(false)");
 }
+inline KernelUpdate adamw_in_kernel(const AdamWFactors& k, double weight_decay) {
+  return {0,
+          {k.decay, k.keep_first, k.take_first, k.keep_second, k.take_second, k.root, k.eps, k.rate,
+           static_cast<float>(weight_decay)}};
+}
 }  // namespace detail
 
 struct AdamWRule {
@@ -49,6 +54,9 @@ struct AdamWRule {
   static void update(T* p, const T* g, float* m, float* v, std::int64_t n, const Factors& factors,
                      Isa isa) {
     detail::update(p, g, m, v, n, factors, isa);
+  }
+  static KernelUpdate in_kernel(const Factors& k, const MomentSizes&) {
+    return detail::adamw_in_kernel(k, /*weight_decay=*/0);
   }
 };
 static_assert(ElementwiseRule<AdamWRule>);

@@ -3,6 +3,7 @@
 /// Lion: the sign of an interpolated momentum, one moment a parameter (Chen et al., arXiv 2302.06675,
 /// program 1). Learning rates are 3 to 10 times smaller than AdamW's, weight decay as much larger.
 ///   optim::LionOf<Int8> optimizer(model->parameters(), optim::LionOptions(1e-4).weight_decay(0.1));
+#include <fourfold/optim/detail/update_code.hpp>
 #include <fourfold/optim/optimizer.hpp>
 #include <fourfold/optim/options.hpp>
 
@@ -35,16 +36,11 @@ struct LionLoop {
   template <class T>
   FOURFOLD_LOOP static void run(T* __restrict p, const T* __restrict g, float* __restrict m,
                                 std::int64_t n, LionFactors k) {
-    const T keep_step = static_cast<T>(k.keep_step), take_step = static_cast<T>(k.take_step);
-    const T keep = static_cast<T>(k.keep), take = static_cast<T>(k.take);
-    const T rate = static_cast<T>(k.rate), decay = static_cast<T>(k.decay);
-    for_each_value(n, [&](std::int64_t i) FOURFOLD_LOOP_BODY {
-      const T moment = static_cast<T>(m[i]);
-      const T c = std::fma(g[i], take_step, moment * keep_step);
-      const T sign = c > 0 ? T{1} : c < 0 ? T{-1} : c;  // of 0 it is 0, of NaN it is NaN
-      m[i] = static_cast<float>(std::fma(g[i], take, moment * keep));
-      p[i] = std::fma(sign, rate, p[i] * decay);
-    });
+    const LionNumbers<T> of{static_cast<T>(k.keep_step), static_cast<T>(k.take_step),
+                            static_cast<T>(k.keep),      static_cast<T>(k.take),
+                            static_cast<T>(k.rate),      static_cast<T>(k.decay)};
+    for_each_value(n,
+                   [&](std::int64_t i) FOURFOLD_LOOP_BODY { update_lion(p[i], g[i], m[i], of); });
   }
 };
 
@@ -71,6 +67,12 @@ struct LionRule {
   static void update(T* p, const T* g, float* m, float*, std::int64_t n, const Factors& k,
                      Isa isa) {
     detail::run_vectorised<detail::LionLoop>(isa, p, g, m, n, k);
+  }
+  static KernelUpdate in_kernel(const Factors& k, const MomentSizes&) {
+    const auto number = [](double x) { return static_cast<float>(x); };
+    return {4,
+            {number(k.keep_step), number(k.take_step), number(k.keep), number(k.take),
+             number(k.rate), number(k.decay)}};
   }
 };
 static_assert(ElementwiseRule<LionRule>);

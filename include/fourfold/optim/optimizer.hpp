@@ -138,10 +138,13 @@ class Optimizer : public ::torch::optim::Optimizer, public ParameterStepper {
                 bool last = true);
   void read_ahead(const at::Tensor& p, State& state);
 
+  at::Device device_of_states(const at::Tensor& p) const {
+    return detail::state_device<Rule, State>(p, /*on_host=*/states_.offload != nullptr);
+  }
   const State* find(const at::Tensor& p) const { return detail::find_state<State>(state_, p); }
   State& state_for(const at::Tensor& p) {
     auto& state = state_[p.unsafeGetTensorImpl()];
-    if (state == nullptr) state = std::make_unique<State>(p, kByRows<Rule>);
+    if (state == nullptr) state = std::make_unique<State>(p, kByRows<Rule>, device_of_states(p));
     return static_cast<State&>(*state);
   }
 
@@ -220,7 +223,8 @@ void Optimizer<R, M, V, W>::check(const at::Tensor& p, const GroupPlace& at) {
       " now, and was not when its states were made; build the optimizer anew after changing "
       "a parameter's dtype");
   TORCH_CHECK(
-      detail::same_order(state->sizes, detail::state_strides(p, kByRows<R>), state->strides),
+      detail::same_order(state->sizes, detail::state_strides(p, kByRows<R>, device_of_states(p)),
+                         state->strides),
       R::name(), ": parameter ", index, " lies in memory with strides ", p.strides(), " on ",
       p.device(), ", and its states for ", at::IntArrayRef(state->strides),
       "; build the optimizer anew after changing a parameter's memory format");
@@ -233,7 +237,8 @@ void Optimizer<R, M, V, W>::step_one(const at::Tensor& p, const GroupPlace& at,
   const Options& options = options_of(at.group);
   State& state = state_for(p);
   state.place = at;
-  const bool fresh = state.template make<R>(p, options, states_.min_packed_elements);
+  const bool fresh =
+      state.template make<R>(p, options, states_.min_packed_elements, device_of_states(p));
   BufferHolder* const holder = states_.offload.get();
   if (holder != nullptr) {
     if (fresh) state.for_each_buffer([&](at::Tensor& buffer) { buffer = holder->hold(buffer); });
@@ -268,7 +273,8 @@ void Optimizer<R, M, V, W>::read_ahead(const at::Tensor& p, State& state) {
 
 template <UpdateRule R, class M, class V, class W>
 void Optimizer<R, M, V, W>::load(::torch::serialize::InputArchive& archive) {
-  detail::LoadedStates<R, State> loaded(archive, param_groups_, states_.min_packed_elements);
+  detail::LoadedStates<R, State> loaded(archive, param_groups_, states_.min_packed_elements,
+                                        /*on_host=*/states_.offload != nullptr);
   seed_ = loaded.seed;
   for (std::size_t g = 0; g < param_groups_.size(); ++g) {
     options_of(g) = static_cast<const Options&>(*loaded.groups[g].options);

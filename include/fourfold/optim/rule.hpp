@@ -13,11 +13,14 @@
 ///     // n values of a tile: p is float or double; m and v are null where moments() says 0
 ///     template <class T> static void update(T* p, const T* g, float* m, float* v, std::int64_t n,
 ///                                           const Factors& factors, Isa isa);
+///     // optional: that a kernel of fourfold::cuda does the same, with what numbers
+///     static optim::KernelUpdate in_kernel(const Factors& factors, const optim::MomentSizes& sizes);
 ///   };
 #include <ATen/core/Tensor.h>
 #include <c10/util/Exception.h>
 #include <fourfold/core/isa.hpp>
 
+#include <array>
 #include <concepts>
 #include <cstdint>
 #include <string>
@@ -28,6 +31,12 @@ namespace optim {
 /// Numbers of values that a rule keeps for a parameter, from one step to the next.
 struct MomentSizes {
   std::int64_t first = 0, second = 0;
+};
+
+/// Which of fourfold::cuda's updates a rule is, and its numbers (FourfoldStep).
+struct KernelUpdate {
+  std::int32_t rule;
+  std::array<float, 9> numbers;
 };
 
 struct StepCount {

@@ -5,6 +5,7 @@
 ///   optim::SGDOf<Int8> optimizer(model->parameters(), torch::optim::SGDOptions(0.1).momentum(0.9));
 ///   optim::SGD<optim::Fp32> ascent(..., torch::optim::SGDOptions(0.1), {.maximize = true});
 /// Without momentum it keeps nothing.
+#include <fourfold/optim/detail/update_code.hpp>
 #include <fourfold/optim/optimizer.hpp>
 
 #include <torch/optim/sgd.h>
@@ -23,17 +24,11 @@ struct SGDLoop {
   template <class T>
   FOURFOLD_LOOP static void run(T* __restrict p, const T* __restrict g, float* __restrict m,
                                 std::int64_t n, SGDFactors k) {
-    const T decay = static_cast<T>(k.weight_decay), momentum = static_cast<T>(k.momentum);
-    const T keep = static_cast<T>(k.keep), take = static_cast<T>(k.take);
-    const T rate = static_cast<T>(k.rate);
+    const SGDNumbers<T> of{static_cast<T>(k.weight_decay), static_cast<T>(k.momentum),
+                           static_cast<T>(k.keep), static_cast<T>(k.take), static_cast<T>(k.rate)};
     for_each_value(n, [&](std::int64_t i) FOURFOLD_LOOP_BODY {
-      T step = std::fma(p[i], decay, g[i]);
-      if constexpr (Momentum) {
-        const T buffer = std::fma(step, take, static_cast<T>(m[i]) * keep);
-        m[i] = static_cast<float>(buffer);
-        step = Nesterov ? std::fma(buffer, momentum, step) : buffer;
-      }
-      p[i] = std::fma(step, rate, p[i]);
+      float none = 0;
+      update_sgd<Momentum>(p[i], g[i], Momentum ? m[i] : none, Nesterov, of);
     });
   }
 };
@@ -74,6 +69,14 @@ struct SGDRule {
       detail::run_vectorised<detail::SGDLoop<true, true>>(isa, p, g, m, n, k);
     else
       detail::run_vectorised<detail::SGDLoop<true, false>>(isa, p, g, m, n, k);
+  }
+  static KernelUpdate in_kernel(const Factors& k, const MomentSizes& sizes) {
+    const auto number = [](double x) { return static_cast<float>(x); };
+    return {sizes.first == 0 ? 1
+            : k.nesterov     ? 3
+                             : 2,
+            {number(k.weight_decay), number(k.momentum), number(k.keep), number(k.take),
+             number(k.rate)}};
   }
 };
 static_assert(ElementwiseRule<SGDRule>);

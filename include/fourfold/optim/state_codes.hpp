@@ -16,57 +16,15 @@
 #include <fourfold/codec/detail/random16.hpp>
 #include <fourfold/codec/detail/tile_io.hpp>
 #include <fourfold/core/codec.hpp>
+#include <fourfold/optim/detail/log_levels.hpp>
 #include <fourfold/optim/detail/master_loops.hpp>
 
-#include <array>
+#include <algorithm>
 #include <optional>
 #include <string>
 
 namespace fourfold::inline v0 {
 namespace optim {
-namespace detail {
-
-/// Levels, or the midpoints of their roots: level k is the square of 0.05^((15 - k) / 15).
-constexpr std::array<float, 16> log_levels(bool midpoints) {
-  constexpr double kRatio = 0.8189637274779153;  // 0.05^(1 / 15)
-  std::array<float, 16> all{};
-  double root = 1;
-  for (std::size_t k = 16; k-- > 0; root *= kRatio) {
-    const double middle = root * (1 + kRatio) / 2;  // between this one and the one below
-    if (!midpoints) all[k] = static_cast<float>(root * root);
-    if (midpoints && k > 0) all[k - 1] = static_cast<float>(middle * middle);
-  }
-  return all;
-}
-struct LogLevels {
-  static constexpr std::array<float, 16> kLevels = log_levels(false);
-  static constexpr std::array<float, 16> kMidpoints = log_levels(true);
-  static constexpr std::array<float, 16> kInner = [] {
-    std::array<float, 16> inner{};
-    for (std::size_t i = 0; i < 14; ++i) inner[i] = kLevels[i + 1];
-    inner[14] = 2.0F;  // above every value
-    return inner;
-  }();
-  static constexpr std::array<float, 16> kGaps = [] {
-    std::array<float, 16> gaps{};
-    for (std::size_t i = 0; i < 15; ++i) gaps[i] = kLevels[i + 1] - kLevels[i];
-    return gaps;
-  }();
-};
-
-/// bf16 at or above a scale that is finite and not negative, so that no value lies beyond its scale
-/// (up to the largest bf16).
-inline std::uint16_t scale_up(float scale) {
-  const auto bits = std::bit_cast<std::uint32_t>(scale);
-  if (bits > 0x7F800000u) return 0x7FC0u;
-  return static_cast<std::uint16_t>(std::min((bits + 0xFFFFu) >> 16, 0x7F7Fu));
-}
-inline float from_bfloat16(std::uint16_t bits) {
-  return std::bit_cast<float>(std::uint32_t{bits} << 16);
-}
-
-}  // namespace detail
-
 struct BFloat16 {
   using Packed = PackedAs<BFloat16>;
   static constexpr std::int64_t kTile = fourfold::detail::kRandomTile;

@@ -4,12 +4,9 @@
 /// algorithm 2) as torch::optim::AdamW writes it: plain, AVX2, AVX-512, bit-equal. It differs from
 /// LibTorch in the denominator alone, by two roundings at most: LibTorch divides where this
 /// multiplies by a reciprocal, and its square root is MKL's, which is not always correctly rounded.
-///
-/// p * decay and the quotient are added by an fma with 1, so that no compiler contracts the product
-/// into the sum: LibTorch rounds it first.
-#include <fourfold/core/host_device.hpp>
 #include <fourfold/core/intrinsics.hpp>
 #include <fourfold/core/isa.hpp>
+#include <fourfold/optim/detail/update_code.hpp>
 
 #include <cmath>
 #include <cstdint>
@@ -18,45 +15,6 @@ FOURFOLD_INTRINSICS_BEGIN
 
 namespace fourfold::inline v0 {
 namespace optim::detail {
-
-/// One parameter group's numbers at one step, computed in double as LibTorch does, then rounded.
-struct AdamWFactors {
-  float decay = 1;        ///< 1 - lr * weight_decay
-  float keep_first = 0;   ///< beta1
-  float take_first = 0;   ///< 1 - beta1
-  float keep_second = 0;  ///< beta2
-  float take_second = 0;  ///< 1 - beta2
-  float root = 1;         ///< 1 / sqrt(1 - beta2^step)
-  float eps = 0;
-  float rate = 0;  ///< -lr / (1 - beta1^step)
-
-  AdamWFactors(double lr, double beta1, double beta2, double epsilon, double weight_decay,
-               std::int64_t step)
-      : decay(static_cast<float>(1 - lr * weight_decay)),
-        keep_first(static_cast<float>(beta1)),
-        take_first(static_cast<float>(1 - beta1)),
-        keep_second(static_cast<float>(beta2)),
-        take_second(static_cast<float>(1 - beta2)),
-        root(static_cast<float>(1 / std::sqrt(1 - std::pow(beta2, static_cast<double>(step))))),
-        eps(static_cast<float>(epsilon)),
-        rate(static_cast<float>(-(lr / (1 - std::pow(beta1, static_cast<double>(step)))))) {}
-
-  /// Those of one of a step's gradients: moments decay with the first, the weight moves with the
-  /// last, so that m takes up their sum and v the sum of their squares.
-  [[nodiscard]] AdamWFactors folded(bool first, bool last) const {
-    AdamWFactors k = *this;
-    if (!first) k.keep_first = k.keep_second = 1;
-    if (!last) k.decay = 1, k.rate = 0, k.eps = 1;
-    return k;
-  }
-};
-
-inline void update_scalar(float& p, float g, float& m, float& v, const AdamWFactors& k) {
-  m = fma(g, k.take_first, m * k.keep_first);
-  v = fma(k.take_second * g, g, v * k.keep_second);
-  const float denominator = fma(std::sqrt(v), k.root, k.eps);
-  p = fma(k.rate * m / denominator, 1.0F, p * k.decay);
-}
 
 #if defined(__x86_64__)
 FOURFOLD_AVX512 inline std::int64_t update_avx512(float* p, const float* g, float* m, float* v,
@@ -115,7 +73,7 @@ inline void update(float* p, const float* g, float* m, float* v, std::int64_t n,
   if (isa == Isa::kAvx2) i = update_avx2(p, g, m, v, n, k);
 #endif
   static_cast<void>(isa);
-  for (; i < n; ++i) update_scalar(p[i], g[i], m[i], v[i], k);
+  for (; i < n; ++i) update_adamw(p[i], g[i], m[i], v[i], k);
 }
 
 /// The same for double parameters, whose moments are fp32.

@@ -3,10 +3,9 @@
 /// bf16, fp16 and fp32 into each other, many at a time.
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
-#include <fourfold/core/host_device.hpp>
 #include <fourfold/core/vectorised.hpp>
+#include <fourfold/optim/detail/master_code.hpp>
 
-#include <bit>
 #include <cstdint>
 
 namespace fourfold::inline v0 {
@@ -15,19 +14,9 @@ namespace optim::detail {
 using fourfold::detail::for_each_value;
 using fourfold::detail::run_vectorised;
 
-/// NaN's bits have one form, since an error of NaN's lower bits could make it infinity.
-FOURFOLD_LOOP std::uint32_t bits_of(float x) {
-  const auto bits = std::bit_cast<std::uint32_t>(x);
-  return (bits & 0x7FFFFFFFu) > 0x7F800000u ? 0x7FC00000u : bits;
-}
-FOURFOLD_LOOP float widened(c10::BFloat16 x) {
-  return std::bit_cast<float>(std::uint32_t{x.x} << 16);
-}
+FOURFOLD_LOOP float widened(c10::BFloat16 x) { return from_bfloat16(x.x); }
 FOURFOLD_LOOP float widened(c10::Half x) { return static_cast<float>(x); }
-FOURFOLD_LOOP void narrow(float x, c10::BFloat16& out) {
-  const std::uint32_t bits = bits_of(x);
-  out.x = static_cast<std::uint16_t>((bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16);
-}
+FOURFOLD_LOOP void narrow(float x, c10::BFloat16& out) { out.x = to_bfloat16(x); }
 FOURFOLD_LOOP void narrow(float x, c10::Half& out) { out = static_cast<c10::Half>(x); }
 
 /// fp32 of bf16 or fp16.

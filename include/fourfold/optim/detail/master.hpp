@@ -22,20 +22,21 @@ template <class C>
 class Master {
  public:
   Master() = default;
-  /// `strides`: the order in which a step takes p's values.
-  Master(const at::Tensor& p, const std::vector<std::int64_t>& strides) {
+  /// `strides`: the order in which a step takes p's values, `device`: where.
+  Master(const at::Tensor& p, const std::vector<std::int64_t>& strides,
+         at::Device device = at::kCPU) {
     if constexpr (kKeepsError<C>) {
       if (!is_rounded(p)) return;
       const PlaceGuard place(Place::kOptimizer);
       if constexpr (std::is_same_v<C, Fp32>)  // a copy
         buffers_ = {
-            at::empty_strided(p.sizes(), strides, p.options().device(at::kCPU).dtype(at::kFloat))
+            at::empty_strided(p.sizes(), strides, p.options().device(device).dtype(at::kFloat))
                 .copy_(p.detach())
                 .as_strided({p.numel()}, {1})};
       else
-        buffers_ = {at::zeros({p.numel()}, C::kError)};
+        buffers_ = {at::zeros({p.numel()}, at::TensorOptions(device).dtype(C::kError))};
     }
-    static_cast<void>(p), static_cast<void>(strides);
+    static_cast<void>(p), static_cast<void>(strides), static_cast<void>(device);
   }
   /// Whether it was made for weights of p's dtype.
   [[nodiscard]] bool fits(const at::Tensor& p) const {
@@ -60,7 +61,12 @@ class Master {
     for (std::size_t i = 0; i < buffers.size(); ++i) buffers_[i].copy_(buffers[i]);
   }
 
-  /// Weights [begin, begin + n), of which `weights` is the first.
+  void to(at::Device device) {
+    const PlaceGuard place(Place::kOptimizer);
+    for (at::Tensor& buffer : buffers_) buffer = buffer.to(device);
+  }
+
+  /// On a CPU: weights [begin, begin + n), of which `weights` is the first.
   template <class T>
   void load(std::int64_t begin, std::int64_t n, const T* weights, float* values, Isa isa) {
     static_cast<void>(begin);

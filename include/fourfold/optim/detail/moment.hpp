@@ -39,13 +39,15 @@ class Moment {
  public:
   /// Of a rule that has none.
   Moment() = default;
-  /// n zeros on a CPU.
-  Moment(std::int64_t n, bool packed) : n_(n), packed_(n > 0 && packed && kCodes) {
+  /// n zeros.
+  Moment(std::int64_t n, bool packed, at::Device device = at::kCPU)
+      : n_(n), packed_(n > 0 && packed && kCodes) {
     if (n == 0) return;
     const PlaceGuard place(Place::kOptimizer);
     if constexpr (kCodes)
       if (packed_) codes_ = C{}.zeros({n});
-    if (!packed_) codes_.buffers = {at::zeros({n}, at::kFloat)};
+    if (!packed_) codes_.buffers = {at::zeros({n}, at::TensorOptions(device).dtype(at::kFloat))};
+    to(device);
     if constexpr (kCodes) {
       static_assert(StateCodec<C>,
                     "an optimizer holds moments in a code that it can rewrite tile by tile "
@@ -70,7 +72,12 @@ class Moment {
     for (std::size_t i = 0; i < buffers.size(); ++i) codes_.buffers[i].copy_(buffers[i]);
   }
 
-  /// Values [begin, begin + n) as fp32: in place, or decoded into `scratch`; null where there are
+  void to(at::Device device) {
+    const PlaceGuard place(Place::kOptimizer);
+    for (at::Tensor& buffer : codes_.buffers) buffer = buffer.to(device);
+  }
+
+  /// On a CPU: values [begin, begin + n) as fp32: in place, or decoded into `scratch`; null where there are
   /// none.
   float* load(std::int64_t begin, std::int64_t n, float* scratch, Isa isa) {
     if constexpr (kCodes)

@@ -8,7 +8,7 @@
 /// Version 1, which is read too, had neither master nor extra. Everything is read and checked before
 /// anything is changed.
 #include <c10/util/Exception.h>
-#include <fourfold/optim/detail/parameter_state.hpp>
+#include <fourfold/optim/detail/step_by_kernel.hpp>
 #include <fourfold/torch/archive.hpp>
 
 #include <torch/optim/optimizer.h>
@@ -40,7 +40,8 @@ using ::torch::serialize::OutputArchive;
 template <class = void>
 void save_buffers(OutputArchive& part, const std::vector<at::Tensor>& buffers) {
   for (std::size_t i = 0; i < buffers.size(); ++i)
-    part.write(std::to_string(i), buffers[i], /*is_buffer=*/true);
+    part.write(std::to_string(i), buffers[i].cpu(),
+               /*is_buffer=*/true);  // for a machine without a GPU
 }
 template <class C>
 void save_moment(OutputArchive& archive, const std::string& key, const Moment<C>& moment) {
@@ -160,8 +161,8 @@ struct LoadedStates {
   std::vector<Group> groups;
 
   LoadedStates(InputArchive& archive, const std::vector<::torch::optim::OptimizerParamGroup>& ours,
-               std::int64_t min_packed_elements)
-      : min_packed_elements_(min_packed_elements) {
+               std::int64_t min_packed_elements, bool on_host)
+      : min_packed_elements_(min_packed_elements), on_host_(on_host) {
     const door::ArchiveReader file(archive, kFile);
     version_ = file.read_version(
         "fourfold_optimizer", kFormatVersion,
@@ -213,7 +214,8 @@ struct LoadedStates {
     TORCH_CHECK(p.sizes() == sizes, where, " is ", p.sizes(), ", and in this file ",
                 at::IntArrayRef(sizes), "; load the states of the same model");
     if (!reader.read_bool("state")) return nullptr;
-    auto state = std::make_unique<State>(p, kByRows<Rule>);
+    const at::Device device = state_device<Rule, State>(p, on_host_);
+    auto state = std::make_unique<State>(p, kByRows<Rule>, device);
     TORCH_CHECK(same_order(sizes, strides, state->strides), where, " has strides ", p.strides(),
                 ", and in this file ", at::IntArrayRef(strides),
                 "; bring it into the memory format that it was saved in");
@@ -228,6 +230,7 @@ struct LoadedStates {
         load_moment<typename State::First>(one, "first", n.first, first_, pack(n.first), where);
     state->second = load_moment<typename State::Second>(one, "second", n.second, second_,
                                                         pack(n.second), where);
+    state->first.to(device), state->second.to(device);
     if (version_ > 1) {
       load_master(reader, state->master, where);
       InputArchive more;
@@ -252,6 +255,7 @@ struct LoadedStates {
   }
 
   std::int64_t min_packed_elements_;
+  bool on_host_;
   std::int64_t version_ = 1;
   std::string first_, second_, master_;
 };

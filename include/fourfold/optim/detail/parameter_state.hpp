@@ -27,10 +27,12 @@ bool stepped_in_place(const at::Tensor& p, bool by_rows = false) {
          p.stride(0) == p.numel() / p.size(0);
 }
 
-/// The order in which p's states lie: p's own in memory, or row-major where a step copies p.
+/// The order in which p's states, which are on `device`, lie: p's own in memory, or row-major where a
+/// step copies p.
 template <class = void>
-std::vector<std::int64_t> state_strides(const at::Tensor& p, bool by_rows = false) {
-  if (stepped_in_place(p, by_rows)) return p.strides().vec();
+std::vector<std::int64_t> state_strides(const at::Tensor& p, bool by_rows = false,
+                                        at::Device device = at::kCPU) {
+  if (!device.is_cpu() || stepped_in_place(p, by_rows)) return p.strides().vec();
   const auto strides = c10::contiguous_strides(p.sizes());
   return {strides.begin(), strides.end()};
 }
@@ -70,6 +72,7 @@ struct ParameterState final : public ::torch::optim::OptimizerCloneableParamStat
   GroupPlace place;                   ///< where it stood at its last step
   void* next = nullptr;               ///< whose states were stepped after these
   std::vector<std::int64_t> sizes;    ///< of the parameter
+  at::Device device = at::kCPU;       ///< of all that follows
   std::vector<std::int64_t> strides;  ///< state_strides() of it
   Moment<First> first;
   Moment<Second> second;
@@ -77,18 +80,31 @@ struct ParameterState final : public ::torch::optim::OptimizerCloneableParamStat
   std::vector<at::Tensor> extra;  ///< what else a rule keeps, in fp32
 
   ParameterState() = default;
-  ParameterState(const at::Tensor& p, bool by_rows)
-      : sizes(p.sizes().vec()), strides(state_strides(p, by_rows)), master(p, strides) {}
+  /// `where`: a CPU, or p's GPU.
+  ParameterState(const at::Tensor& p, bool by_rows, at::Device where = at::kCPU)
+      : sizes(p.sizes().vec()),
+        device(where),
+        strides(state_strides(p, by_rows, where)),
+        master(p, strides, where) {}
 
-  /// Makes the moments that are not there yet; whether there were none before.
+  void to(at::Device where) {
+    first.to(where), second.to(where), master.to(where);
+    for (at::Tensor& one : extra) one = one.to(where);
+    device = where;
+  }
+
+  /// Makes the moments that are not there yet; whether there were none before. All of it comes to
+  /// `where`, if the parameter has moved.
   template <class Rule>
   bool make(const at::Tensor& p, const typename Rule::Options& options,
-            std::int64_t min_packed_elements) {
+            std::int64_t min_packed_elements, at::Device where = at::kCPU) {
+    if (where != device) to(where);
     const MomentSizes n = Rule::moments(p, options);
     const bool fresh = first.numel() != n.first || second.numel() != n.second || step == 0;
-    if (first.numel() != n.first) first = Moment<First>(n.first, n.first >= min_packed_elements);
+    if (first.numel() != n.first)
+      first = Moment<First>(n.first, n.first >= min_packed_elements, device);
     if (second.numel() != n.second)
-      second = Moment<Second>(n.second, n.second >= min_packed_elements);
+      second = Moment<Second>(n.second, n.second >= min_packed_elements, device);
     if (fresh) extra = make_extra<Rule>(p, options);
     return fresh;
   }

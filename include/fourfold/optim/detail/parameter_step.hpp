@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
-/// One parameter's step by an elementwise rule, tile by tile: decode, update, encode. Scratch is one
-/// tile of at most six arrays a thread, 24 KiB.
+/// One parameter's step by an elementwise rule: by a kernel where its states are on a GPU, else tile
+/// by tile: decode, update, encode. Scratch is one tile of at most six arrays a thread, 24 KiB.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty_like.h>
 #include <c10/core/GradMode.h>
@@ -11,6 +11,7 @@
 #include <fourfold/core/parallel.hpp>
 #include <fourfold/core/visit.hpp>
 #include <fourfold/optim/detail/parameter_state.hpp>
+#include <fourfold/optim/detail/step_by_kernel.hpp>
 #include <fourfold/optim/rule.hpp>
 
 namespace fourfold::inline v0 {
@@ -110,6 +111,9 @@ template <class Rule, class State>
 void step_values(const at::Tensor& p, const at::Tensor& grad, State& state,
                  const typename Rule::Factors& factors, const StepKeys& keys, bool maximize = false,
                  Isa isa = fourfold::isa()) {
+  if constexpr (kHasKernel<Rule, State>)
+    if (!state.device.is_cpu())
+      return step_by_kernel<Rule>(p, grad, state, factors, keys, maximize);
   in_memory_order(p, grad, /*by_rows=*/false, Rule::name(), [&](auto* values, const auto* slope) {
     const std::int64_t n = p.numel(), tiles = (n + kTile - 1) / kTile;
     parallel_for(0, tiles, 32, [&](std::int64_t a, std::int64_t b) {
