@@ -9,13 +9,13 @@
 ///
 /// The file has no name, so nothing is left of it whatever ends the process. Room on the disk is
 /// reserved before a tensor is held: one that does not fit stays in memory (one warning), and no
-/// write can fail for want of room. Tensors may outlive the MappedFile. A process that forks shares
+/// write can fail for want of room. Parameters on a GPU are stepped as host_memory.hpp says. Tensors may outlive the MappedFile. A process that forks shares
 /// them with its child: let one of both write.
 #include <ATen/core/grad_mode.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/from_blob.h>
 #include <c10/util/Exception.h>
-#include <fourfold/core/buffer_holder.hpp>
+#include <fourfold/core/host_memory.hpp>
 #include <fourfold/core/unnamed_file.hpp>
 
 #include <sys/mman.h>
@@ -38,7 +38,7 @@ struct MappedFileOptions {
 };
 
 template <class = void>
-class BasicMappedFile final : public BufferHolder {
+class BasicMappedFile final : public HostMemory {
  public:
   /// Errors: a directory that cannot be written to, min_bytes below 0.
   explicit BasicMappedFile(const MappedFileOptions& options = {})

@@ -16,7 +16,7 @@ struct InMemory {
 
 /// AdamW's moments held by C: OptimizerStates<Int8> has 8 bits a value, on curves made for moments.
 /// `MasterCodec`: what is kept of 16-bit weights (optim/master_codec.hpp). `Where`: OnFile<>
-/// (optim/on_file.hpp) has them in a memory-mapped file.
+/// (optim/offload.hpp) has them in a memory-mapped file.
 template <class C, class MasterCodec = optim::RoundNearest, class Where = InMemory>
 struct OptimizerStates {
   static constexpr Role role = Role::kOptimizerStates;

@@ -98,6 +98,7 @@ void step_by_kernel(const at::Tensor& p, at::Tensor grad, const State& state,
                     const typename Rule::Factors& factors, const Keys& keys, bool maximize) {
   const c10::NoGradGuard no_grad;
   const at::Tensor target = p.detach();
+  if (grad.is_sparse()) grad = grad.to_dense();
   if (!same_order(target.sizes(), grad.strides(), target.strides()))
     grad = at::empty_like(target).copy_(grad);
   const FourfoldStep step = kernel_step<Rule>(target, grad, state, factors, keys, maximize);

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <fourfold/gradients/release.hpp>
 #include <fourfold/optim/factored.hpp>
-#include <fourfold/optim/on_file.hpp>
+#include <fourfold/optim/offload.hpp>
 #include <fourfold/optim/optimizer_states.hpp>
 #include <fourfold/report/meter.hpp>
 #include <tests/optim/rule_checks.hpp>
@@ -159,6 +159,43 @@ TEST_F(OnFile, IsAPlaceOfAPolicy) {
   EXPECT_THAT(
       message_of([&] { fourfold::OnFile<Nowhere>::Holding<AdamWOf<Int8>> never(in_memory, 1e-2); }),
       HasSubstr("cannot make a file in '/no/such/place'"));
+}
+
+/// A GPU's part, played by the CPU: every parameter is elsewhere.
+class Elsewhere final : public fourfold::HostMemory {
+  bool is_elsewhere(const at::Tensor&) const override { return true; }
+};
+TYPED_TEST(StatesOnFile, AreSteppedByWayOfCopies) {
+  auto here = start(this->kDtype), there = start(this->kDtype);
+  TypeParam one(here, 1e-2), other(there, 1e-2, {.offload = std::make_shared<Elsewhere>()});
+  const std::int64_t version = there[0]._version();
+  train(one, here, 1, 4), train(other, there, 1, 4);
+  expect_equal(here, there);
+  EXPECT_GT(there[0]._version(), version);
+  there[0].mutable_grad() = at::Tensor();  // passed over
+  there[1].mutable_grad() = oracle::gradient(there[1], 9).to_sparse();
+  here[0].mutable_grad() = at::Tensor(), here[1].mutable_grad() = oracle::gradient(here[1], 9);
+  one.step(), other.step();
+  expect_equal(here, there);
+}
+TEST_F(OnFile, CopiesThatAreStaleAreMadeAgain) {
+  Elsewhere holder;
+  const at::Tensor p = torch::ones({5}).requires_grad_();
+  p.mutable_grad() = torch::ones({5});
+  holder.will_copy(p);
+  p.mutable_grad().mul_(2);
+  EXPECT_TRUE(holder.copies(p).second.eq(2).all().item<bool>());
+  holder.will_copy(p);
+  p.mutable_grad() = torch::full({5}, 3.0F);
+  EXPECT_TRUE(holder.copies(p).second.eq(3).all().item<bool>());
+  holder.will_copy(p), holder.will_copy(p);
+  {
+    const torch::NoGradGuard no_grad;
+    p.fill_(7);
+  }
+  const auto [values, gradient] = holder.copies(p);
+  EXPECT_TRUE(values.eq(7).all().item<bool>());
+  EXPECT_NE(values.const_data_ptr(), p.const_data_ptr());
 }
 
 }  // namespace

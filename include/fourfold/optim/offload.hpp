@@ -40,4 +40,15 @@ struct OnFile {
   };
 };
 
+/// States in the host's memory and the step on the CPU, for parameters on a GPU
+/// (core/host_memory.hpp).
+struct InHostMemory {
+  template <class Optimizer>
+  class Holding : public Optimizer {
+   public:
+    explicit Holding(std::vector<at::Tensor> parameters, typename Optimizer::Options options = {})
+        : Optimizer(std::move(parameters), std::move(options), {.offload = on_host()}) {}
+  };
+};
+
 }  // namespace fourfold::inline v0
