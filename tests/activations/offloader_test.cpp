@@ -1,17 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <fourfold/activations/offloader.hpp>
 
+#include "../support/files.hpp"
 #include "../support/message_of.hpp"
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
-#include <sys/resource.h>
 #include <torch/torch.h>
 
 #include <chrono>
-#include <csignal>
 #include <cstdint>
-#include <filesystem>
 #include <memory>
 #include <optional>
 #include <string>
@@ -22,21 +20,10 @@ namespace {
 
 using fourfold::Offloader;
 using fourfold::OffloadOptions;
-using fourfold::detail::OffloadFile;
 using ::testing::HasSubstr;
 using Piece = std::shared_ptr<fourfold::detail::OffloadPiece>;
 
 constexpr std::int64_t kPiece = 1 << 16;  // bytes
-
-/// An empty directory that goes with it.
-struct Directory {
-  Directory() {
-    std::string name = (std::filesystem::temp_directory_path() / "fourfold-test-XXXXXX").string();
-    path = ::mkdtemp(name.data());
-  }
-  ~Directory() { std::filesystem::remove_all(path); }
-  std::string path;
-};
 
 torch::Tensor numbered(int i) { return torch::full({kPiece / 4}, i, torch::kInt); }
 
@@ -46,51 +33,12 @@ std::vector<Piece> put(Offloader& offloader, int count) {
   return pieces;
 }
 
-/// Files may grow to so many bytes while it lives.
-struct FileLimit {
-  explicit FileLimit(rlim_t bytes) {
-    ::getrlimit(RLIMIT_FSIZE, &before);
-    ::rlimit limit = before;
-    limit.rlim_cur = bytes;
-    EXPECT_EQ(::setrlimit(RLIMIT_FSIZE, &limit), 0);
-  }
-  ~FileLimit() { ::setrlimit(RLIMIT_FSIZE, &before); }
-  ::rlimit before{};
-};
-
-TEST(OffloadFile, RoomIsUsedAgain) {
-  OffloadFile file(std::filesystem::temp_directory_path());
-  EXPECT_EQ(file.allocate(10), 0);
-  EXPECT_EQ(file.allocate(20), 10);
-  EXPECT_EQ(file.allocate(30), 30);
-  file.free(10, 20);
-  EXPECT_EQ(file.allocate(25), 60);  // no gap is wide enough
-  EXPECT_EQ(file.allocate(5), 10);
-  EXPECT_EQ(file.allocate(15), 15);
-  file.free(0, 10), file.free(15, 15), file.free(10, 5);  // one gap of 30
-  EXPECT_EQ(file.allocate(30), 0);
-  file.free(60, 25), file.free(0, 30);
-  EXPECT_EQ(file.size(), 60);
-  file.free(30, 30);
-  EXPECT_EQ(file.size(), 0);
-}
-
-TEST(OffloadFile, LeavesNothingInItsDirectory) {
-  const Directory directory;
-  OffloadFile file(directory.path);
-  EXPECT_EQ(file.write("abc", 3, 5), 0);
-  EXPECT_TRUE(std::filesystem::is_empty(directory.path));
-  char back[3];
-  EXPECT_EQ(file.read(back, 3, 5), 0);
-  EXPECT_EQ(std::string(back, 3), "abc");
-  EXPECT_NE(file.read(back, 3, 6), 0);  // beyond its end
-}
-
-TEST(OffloadFile, ADirectoryThatCannotBeWrittenToIsRefused) {
+TEST(Offloader, ADirectoryThatCannotBeWrittenToIsRefused) {
   EXPECT_THAT(
-      message_of([] { const OffloadFile file("/no/such/place"); }),
+      message_of([] { const Offloader offloader({.directory = "/no/such/place"}); }),
       HasSubstr("fourfold::Offload: cannot make a file in '/no/such/place': No such file or "
-                "directory; name a directory that this process may write to"));
+                "directory; name a directory that this process may write to, on a disk, in "
+                "OffloadOptions::directory"));
 }
 
 TEST(Offloader, PiecesComeBackInAnyOrderAndMoreThanOnce) {

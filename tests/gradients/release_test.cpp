@@ -607,14 +607,28 @@ TEST(GradientRelease, OneMicroBatchInMomentsIsAStep) {
   }
   expect_equal(plain, released);
 }
-TEST(GradientRelease, RulesThatCannotFoldAreNamed) {
+TEST(GradientRelease, RulesThatCannotFoldAreNamedWhenItIsMade) {
   const auto p = torch::ones({3}).requires_grad_();
-  fourfold::optim::LionOf<Fp32> lion({p});
-  GradientRelease<> release(
-      lion, {.micro_batches = 2, .accumulate = fourfold::AccumulateGradients::kMoments});
-  EXPECT_THAT(message_of([&] { p.sum().backward(); }),
+  fourfold::optim::LionOf<Fp32> lion({p}, 1e-2);
+  const auto of = [&](std::int64_t micro_batches) {
+    return GradientRelease<>(lion, {.micro_batches = micro_batches,
+                                    .accumulate = fourfold::AccumulateGradients::kMoments});
+  };
+  EXPECT_THAT(message_of([&] { static_cast<void>(of(2)); }),
               HasSubstr("Lion cannot take up a step's gradients one by one, which AdamW can"));
-  EXPECT_TRUE(p.equal(torch::ones({3})));
+  lion.step();  // refused, it is not released
+  const auto release = of(1);
+  p.sum().backward();
+  EXPECT_FALSE(p.equal(torch::ones({3})));
+}
+TEST(GradientRelease, AnOptimizerThatCannotBeHookedIsNotReleased) {
+  const auto p = torch::ones({3}), w = torch::ones({3}).requires_grad_();
+  AdamW<Fp32> optimizer({p, w});
+  p.mul_(w);  // no leaf any more
+  EXPECT_THAT(message_of([&] { const GradientRelease release(optimizer); }),
+              HasSubstr("is no leaf but the result of an operation"));
+  optimizer.step();
+  EXPECT_EQ(torch::autograd::impl::post_acc_grad_hooks(w), nullptr);
 }
 
 TEST(GradientRelease, BadOptionsAreNamed) {
@@ -639,16 +653,13 @@ TEST(GradientRelease, BadOptionsAreNamed) {
   optimizer.step();  // refused, it is not released
 }
 
-TEST(GradientRelease, AGradientThatTheOptimizerRefusesStops) {
-  const auto table = torch::ones({5, 2}).requires_grad_();
-  AdamW<Int8> optimizer({table});
+TEST(GradientRelease, AStepThatTheOptimizerRefusesStops) {
+  const auto weight = torch::ones({5, 2}).requires_grad_();
+  AdamW<Int8> optimizer({weight});
   const GradientRelease release(optimizer);
-  EXPECT_THAT(
-      message_of([&] {
-        torch::embedding(table, torch::tensor({1, 3}), -1, false, /*sparse=*/true).sum().backward();
-      }),
-      HasSubstr("does not support sparse gradients"));
-  EXPECT_TRUE(table.equal(torch::ones({5, 2})));
+  static_cast<AdamWOptions&>(optimizer.param_groups()[0].options()).lr(-1);
+  EXPECT_THAT(message_of([&] { weight.sum().backward(); }), HasSubstr("Invalid learning rate: -1"));
+  EXPECT_TRUE(weight.equal(torch::ones({5, 2})));
 }
 
 }  // namespace

@@ -329,8 +329,9 @@ TEST_F(AdamW, ParametersSteppedAloneAreSteppedTheSame) {
   EXPECT_THAT(message([&] { optimizer.step_parameter(foreign); }),
               HasSubstr("a parameter of [4, 5] that is in none of its groups"));
   EXPECT_THAT(message([&] { optimizer.step_parameter({}); }), HasSubstr("in none of its groups"));
-  mine.mutable_grad() = torch::ones({3}).to_sparse();
-  EXPECT_THAT(message([&] { optimizer.step_parameter(mine); }), HasSubstr("sparse gradients"));
+  mine.mutable_grad() = torch::ones({2});
+  EXPECT_THAT(message([&] { optimizer.step_parameter(mine); }),
+              HasSubstr("set a gradient like the parameter"));
 }
 
 TEST_F(AdamW, BadInputIsNamedAndChangesNothing) {
@@ -345,8 +346,8 @@ TEST_F(AdamW, BadInputIsNamedAndChangesNothing) {
     bad.mutable_grad() = grad;
     return message([&] { optimizer.step(); });
   };
-  EXPECT_THAT(step_with(torch::ones({4, 5}).to_sparse()),
-              HasSubstr("AdamW does not support sparse gradients"));
+  EXPECT_THAT(step_with(torch::ones({4, 5}).to_sparse_csr()),
+              HasSubstr("AdamW takes dense gradients and those of layout Sparse"));
   EXPECT_THAT(step_with(torch::ones({5, 4})),
               HasSubstr("the gradient of parameter 1 is Float [5, 4]"));
   EXPECT_THAT(step_with(torch::ones({4, 5}, torch::kDouble)),

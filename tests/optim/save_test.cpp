@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <fourfold/optim/adamw.hpp>
+#include <fourfold/optim/offload.hpp>
 #include <fourfold/optim/save.hpp>
 #include <tests/optim/rule_checks.hpp>
 #include <tests/support/message_of.hpp>
@@ -67,20 +68,93 @@ TEST_F(SaveOptimizer, DamagedAndMissingFilesAreNamed) {
 }
 /// A process that does nothing but save, killed at some moment of it: what stands there is whole.
 TEST_F(SaveOptimizer, AKilledSaveLeavesAWholeFile) {
-  fourfold::optim::save(optimizer_, path_);
-  const std::string whole = bytes(path_);
-  for (int round = 0; round < 8; ++round) {
-    const pid_t child = ::fork();
-    ASSERT_GE(child, 0);
-    if (child == 0)
-      for (;;) fourfold::optim::save(optimizer_, path_);
-    ::usleep(static_cast<useconds_t>(3000 + 1700 * round));
-    ::kill(child, SIGKILL);
-    ::waitpid(child, nullptr, 0);
-    EXPECT_EQ(bytes(path_), whole);
-    AdamWOf<Int8> again({p_});
-    fourfold::optim::load(again, path_);
+  AdamWOf<Int8> on_file({p_}, 1e-3, {.offload = fourfold::on_file()});
+  on_file.step();
+  for (AdamWOf<Int8>* optimizer : {&optimizer_, &on_file}) {
+    fourfold::optim::save(*optimizer, path_);
+    const std::string whole = bytes(path_);
+    for (int round = 0; round < 8; ++round) {
+      const pid_t child = ::fork();
+      ASSERT_GE(child, 0);
+      if (child == 0)
+        for (;;) fourfold::optim::save(*optimizer, path_);
+      ::usleep(static_cast<useconds_t>(3000 + 1700 * round));
+      ::kill(child, SIGKILL);
+      ::waitpid(child, nullptr, 0);
+      EXPECT_EQ(bytes(path_), whole);
+      AdamWOf<Int8> again({p_});
+      fourfold::optim::load(again, path_);
+    }
   }
+}
+
+/// Half of the steps in a process that ends, the others in this one, whose seed is another.
+template <class Optimizer>
+void expect_training_to_go_on_elsewhere(const std::string& path, at::ScalarType dtype,
+                                        const fourfold::optim::StateOptions& states) {
+  const auto train = [](Optimizer& optimizer, const at::Tensor& p, int from, int to) {
+    for (int step = from; step < to; ++step) {
+      p.mutable_grad() = oracle::gradient(p, step);
+      optimizer.step();
+    }
+  };
+  torch::manual_seed(1);
+  at::Tensor whole = oracle::start({300, 301}, dtype).requires_grad_();
+  at::Tensor parted = oracle::start({300, 301}, dtype).requires_grad_();
+  const pid_t child = ::fork();
+  ASSERT_GE(child, 0);
+  if (child == 0) {
+    Optimizer first({parted}, 1e-2, states);
+    train(first, parted, 1, 5);
+    fourfold::optim::save(first, path);
+    torch::save(parted, path + ".weights");
+    ::_exit(0);
+  }
+  Optimizer one({whole}, 1e-2);
+  train(one, whole, 1, 9);
+  int status = -1;
+  ::waitpid(child, &status, 0);
+  ASSERT_EQ(status, 0);
+  torch::manual_seed(2);
+  at::Tensor weights;
+  torch::load(weights, path + ".weights");
+  parted.detach().copy_(weights);
+  Optimizer second({parted}, 0.5, states);
+  fourfold::optim::load(second, path);
+  train(second, parted, 5, 9);
+  EXPECT_TRUE(parted.equal(whole));
+}
+TEST_F(SaveOptimizer, AnotherProcessGoesOnBitForBit) {
+  using fourfold::Int4;
+  using namespace fourfold::optim;
+  for (const StateOptions& states :
+       {StateOptions{}, StateOptions{.offload = fourfold::on_file()}}) {
+    expect_training_to_go_on_elsewhere<AdamWOf<Int8>>(path_, at::kFloat, states);
+    expect_training_to_go_on_elsewhere<AdamWOf<Int4, RoundStochastic>>(path_, at::kBFloat16,
+                                                                       states);
+    expect_training_to_go_on_elsewhere<AdamWOf<Fp32, ErrorCorrection<8>>>(path_, at::kBFloat16,
+                                                                          states);
+  }
+}
+
+/// Noise goes by the parameters too, and so by the optimizer; the file has it.
+TEST_F(SaveOptimizer, TwoOptimizersShareNoNoise) {
+  const auto weights_after = [](double start) {
+    at::Tensor p = torch::full({4096}, start, at::kBFloat16).requires_grad_();
+    fourfold::optim::AdamWOf<fourfold::optim::Fp32, fourfold::optim::RoundStochastic> optimizer(
+        {p}, torch::optim::AdamWOptions(1e-4).weight_decay(0));
+    p.mutable_grad() = torch::ones_like(p);
+    optimizer.step();
+    return p.detach().sub(start).ne(0);  // which were rounded away
+  };
+  const at::Tensor one = weights_after(1), other = weights_after(1 + 0x1p-7),
+                   again = weights_after(1);
+  EXPECT_TRUE(one.equal(again));
+  // Each moves with a probability of about 1e-4 / 2^-8 and 1e-4 / 2^-7, of 4096 values.
+  EXPECT_GT(one.sum().item<std::int64_t>(), 20);
+  EXPECT_GT(other.sum().item<std::int64_t>(), 10);
+  // By the same noise those that move in the larger step would be a part of those of the other.
+  EXPECT_FALSE(one.logical_and(other).equal(other));
 }
 
 }  // namespace

@@ -4,6 +4,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 #include <torch/torch.h>
+#include <fourfold/core/mapped_file.hpp>
 #include <fourfold/weights/compress_weights.hpp>
 #include "tests/reference/ema.hpp"
 #include "tests/support/message_of.hpp"
@@ -307,6 +308,33 @@ TEST(SavedAveragesErrors, WhatDoesNotFitIsNamedAndChangesNothing) {
   in.load_from(file);
   EXPECT_THAT(message_of([&] { average.load(in); }),
               HasSubstr("the archive does not hold an ExponentialMovingAverage"));
+}
+
+/// Averages in a memory-mapped file: the same bits, uncounted, saved as ever.
+template <class C>
+void expect_averages_on_file() {
+  torch::manual_seed(0);
+  const torch::nn::Linear model(400, 300);
+  const auto file = std::make_shared<fourfold::MappedFile>();
+  ExponentialMovingAverage<C> one(*model), other(*model, {.offload = file});
+  ExponentialMovingAverage<C> third(*model, {.offload = file});
+  const auto update = [&](auto&... averages) {
+    assign(model->weight, torch::randn({300, 400}));
+    (averages.update(), ...);
+  };
+  for (int step = 0; step < 3; ++step) update(one, other);
+  EXPECT_GE(file->held_bytes(), 300 * 400);
+  EXPECT_EQ(one.nbytes(), other.nbytes());
+  EXPECT_EQ(error_of_loading(other, third), "no error");
+  EXPECT_GE(file->held_bytes(), 2 * 300 * 400);
+  update(one, other, third);
+  for (const auto& average : {other.averages(), third.averages()})
+    for (std::size_t i = 0; i < average.size(); ++i)
+      EXPECT_TRUE(average[i].second.equal(one.averages()[i].second)) << i;
+}
+TEST(ExponentialMovingAverage, MayBeHeldInAFile) {
+  expect_averages_on_file<Int8>();
+  expect_averages_on_file<OnHost>();
 }
 
 }  // namespace

@@ -21,7 +21,6 @@
 
 #include <chrono>
 #include <cstdint>
-#include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <mutex>
@@ -94,10 +93,6 @@ class Offloader {
     TORCH_CHECK(options.bytes_in_flight >= 0 && options.min_bytes >= 0,
                 "fourfold::Offload: got bytes_in_flight = ", options.bytes_in_flight,
                 " and min_bytes = ", options.min_bytes, "; give 0 or more");
-    if (options.directory.empty()) {
-      const char* const temporary = std::getenv("TMPDIR");
-      options.directory = temporary != nullptr && *temporary != 0 ? temporary : "/tmp";
-    }
     return options;
   }
   [[nodiscard]] bool idle() const { return !state_->writing && !state_->must_write(); }
@@ -108,7 +103,7 @@ class Offloader {
     if (error == 0 || warned_) return;
     warned_ = true;
     lock.unlock();
-    TORCH_WARN("fourfold::Offload: cannot write to a file in '", options_.directory,
+    TORCH_WARN("fourfold::Offload: cannot write to a file in '", state_->file.directory(),
                "': ", std::strerror(error),
                "; saved tensors stay in memory until it takes them again");
   }

@@ -28,6 +28,8 @@ class BasicParameterStepper {
   /// The same with one of a step's gradients, which moments take up one by one, numbered from 0: the
   /// weight moves with the last. Error: a rule whose moments are no sums over gradients.
   virtual void fold_gradient(const at::Tensor& p, std::int64_t micro_batch, bool last) = 0;
+  /// That error, if so, before there is a gradient.
+  virtual void check_folds() const = 0;
 
   /// The stepper, for whoever steps its parameters in backward; null once it is gone.
   using Link = std::shared_ptr<BasicParameterStepper*>;

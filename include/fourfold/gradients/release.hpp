@@ -52,8 +52,15 @@ class [[nodiscard]] GradientRelease {
                   "GradientRelease steps one parameter at a time, which LibTorch's own optimizers "
                   "cannot: give it one of fourfold::optim, as AdamWOf<optim::Fp32>");
     detail::check_release(options);
+    if (options.accumulate == AccumulateGradients::kMoments && options.micro_batches > 1)
+      optimizer.check_folds();
     state_ = std::make_shared<detail::ReleaseState<Code>>(options, optimizer.release(true));
-    state_->hook_parameters();
+    try {
+      state_->hook_parameters();
+    } catch (...) {
+      remove();
+      throw;
+    }
   }
   GradientRelease(GradientRelease&&) = default;
   GradientRelease& operator=(GradientRelease&& other) noexcept {

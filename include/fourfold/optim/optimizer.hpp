@@ -9,20 +9,27 @@
 /// A step decodes, updates and encodes 1024 values at a time: at most 24 KiB of scratch a thread, no
 /// dense state. Arithmetic is fp32; moments of fewer than `min_packed_elements` values stay fp32.
 /// Codes are rounded stochastically by counter: nearest rounding freezes a second moment, whose
-/// relative change of 1 - beta2 a step is less than half a code. Results do not depend on the number
-/// of threads nor on the instructions used.
+/// relative change of 1 - beta2 a step is less than half a code; two optimizers of a program round
+/// by different noise (detail/noise_seed.hpp). Results do not depend on the number of threads nor on
+/// the instructions used.
 ///
 /// Left alone: parameters without a gradient, and frozen ones (requires_grad off: packed weights),
 /// which skipped() counts. An optimizer of no parameters steps nothing; parameters may be added at
 /// any time. A gradient that is not finite makes its value, and the moments that share a scale with
 /// it, NaN: leave such a step out, as GradScaler does.
-/// Errors, raised before anything is changed: a sparse gradient; one of another shape, dtype or
-/// device; a parameter that is not floating; options out of range.
+///
+/// A sparse gradient (torch::kSparse: an Embedding's with sparse(true)) is stepped with as the dense
+/// one that it stands for, bit for bit: values without a gradient have one of zero, so their moments
+/// decay. It is made dense on a GPU and where a parameter's memory is not row-major, else nowhere.
+///
+/// Errors, raised before anything is changed: a gradient of another shape, dtype, layout or device;
+/// a parameter that is not floating; options out of range.
 #include <ATen/core/grad_mode.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/CPUGeneratorImpl.h>
+#include <fourfold/core/buffer_holder.hpp>
 #include <fourfold/core/parameter_stepper.hpp>
 #include <fourfold/core/rounded_weight.hpp>
+#include <fourfold/optim/detail/noise_seed.hpp>
 #include <fourfold/optim/detail/optimizer_archive.hpp>
 #include <fourfold/optim/detail/parameter_step.hpp>
 #include <fourfold/optim/rule.hpp>
@@ -31,6 +38,7 @@
 #include <memory>
 #include <mutex>
 #include <optional>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -42,6 +50,7 @@ struct StateOptions {
   std::int64_t min_packed_elements = 4096;  ///< smaller moments are held in fp32
   bool stochastic = true;                   ///< false: moments are rounded to nearest
   bool maximize = false;                    ///< steps along the gradient, not against it
+  std::shared_ptr<BufferHolder> offload{};  ///< who holds the larger of them; null: memory
 };
 
 template <UpdateRule Rule, class MomentCodec, class SecondMomentCodec,
@@ -62,9 +71,10 @@ class Optimizer : public ::torch::optim::Optimizer, public ParameterStepper {
 
   explicit Optimizer(const std::vector<Group>& groups, Options defaults = {},
                      StateOptions states = {})
-      : Base(groups, std::make_unique<Options>(defaults)), states_(states), seed_(default_seed()) {
+      : Base(groups, std::make_unique<Options>(defaults)), states_(states) {
     Rule::check(defaults, "the defaults");
     for (std::size_t g = 0; g < param_groups_.size(); ++g) check_options(g);
+    seed_ = detail::noise_seed(param_groups_);
     TORCH_CHECK(states.min_packed_elements >= 0, "StateOptions::min_packed_elements is ",
                 states.min_packed_elements, "; it is a number of elements, 0 or more");
   }
@@ -78,6 +88,11 @@ class Optimizer : public ::torch::optim::Optimizer, public ParameterStepper {
   /// `p` alone, as step() steps it: core/parameter_stepper.hpp.
   void step_parameter(const at::Tensor& p) override { fold_gradient(p, 0, true); }
   void fold_gradient(const at::Tensor& p, std::int64_t micro_batch, bool last) override;
+  void check_folds() const override {
+    TORCH_CHECK(kFolds<Rule>, Rule::name(),
+                " cannot take up a step's gradients one by one, which AdamW can: accumulate them, "
+                "as AccumulateGradients::kBuffers does");
+  }
 
   /// Whether more is kept of 16-bit weights than they hold.
   static constexpr bool kKeepsWeights = kKeepsError<MasterCodec>;
@@ -111,11 +126,6 @@ class Optimizer : public ::torch::optim::Optimizer, public ParameterStepper {
   void load(::torch::serialize::InputArchive& archive) override;
 
  private:
-  static std::uint64_t default_seed() {
-    at::Generator generator = at::detail::getDefaultCPUGenerator();  // a handle
-    const std::lock_guard<std::mutex> lock(generator.mutex());
-    return generator.current_seed();
-  }
   Options& options_of(std::size_t g) {
     auto* options = dynamic_cast<Options*>(&param_groups_[g].options());
     TORCH_CHECK(options != nullptr, "group ", g, " has the options of another optimizer; give it ",
@@ -141,17 +151,21 @@ class Optimizer : public ::torch::optim::Optimizer, public ParameterStepper {
   void check(const at::Tensor& p, const GroupPlace& at);
   void step_one(const at::Tensor& p, const GroupPlace& at, std::int64_t micro_batch = 0,
                 bool last = true);
+  void read_ahead(const at::Tensor& p, State& state);
 
+  at::Device device_of_states(const at::Tensor& p) const {
+    return detail::state_device<Rule, State>(p, /*on_host=*/states_.offload != nullptr);
+  }
   const State* find(const at::Tensor& p) const { return detail::find_state<State>(state_, p); }
   State& state_for(const at::Tensor& p) {
     auto& state = state_[p.unsafeGetTensorImpl()];
-    if (state == nullptr)
-      state = std::make_unique<State>(p, kByRows<Rule>, detail::state_device<Rule, State>(p));
+    if (state == nullptr) state = std::make_unique<State>(p, kByRows<Rule>, device_of_states(p));
     return static_cast<State&>(*state);
   }
 
   StateOptions states_;
-  std::uint64_t seed_;
+  std::uint64_t seed_ = 0;
+  void* last_ = nullptr;  ///< whose states were stepped last
   std::unique_ptr<std::mutex> mutex_ = std::make_unique<std::mutex>();  ///< an optimizer may move
 };
 
@@ -167,16 +181,20 @@ at::Tensor Optimizer<R, M, V, W>::step(LossClosure closure) {
   const std::lock_guard<std::mutex> lock(*mutex_);
   for (std::size_t g = 0; g < param_groups_.size(); ++g) check_options(g);
   for_each_parameter([this](const at::Tensor& p, const GroupPlace& at) { check(p, at); });
-  for_each_parameter([this](const at::Tensor& p, const GroupPlace& at) { step_one(p, at); });
+  std::optional<std::pair<at::Tensor, GroupPlace>> before;  // the next is copied meanwhile
+  for_each_parameter([&](const at::Tensor& p, const GroupPlace& at) {
+    if (states_.offload && p.requires_grad()) states_.offload->will_copy(p);
+    if (before) step_one(before->first, before->second);
+    before.emplace(p, at);
+  });
+  if (before) step_one(before->first, before->second);
   return loss;
 }
 
 template <UpdateRule R, class M, class V, class W>
 void Optimizer<R, M, V, W>::fold_gradient(const at::Tensor& p, std::int64_t micro_batch,
                                           bool last) {
-  TORCH_CHECK(kFolds<R> || (micro_batch == 0 && last), R::name(),
-              " cannot take up a step's gradients one by one, which AdamW can: accumulate them, as "
-              "AccumulateGradients::kBuffers does");
+  if (micro_batch != 0 || !last) check_folds();
   const c10::NoGradGuard no_grad;
   const std::lock_guard<std::mutex> lock(*mutex_);
   const GroupPlace at = place_of(p);
@@ -224,8 +242,7 @@ void Optimizer<R, M, V, W>::check(const at::Tensor& p, const GroupPlace& at) {
       " now, and was not when its states were made; build the optimizer anew after changing "
       "a parameter's dtype");
   TORCH_CHECK(
-      detail::same_order(state->sizes,
-                         detail::state_strides(p, kByRows<R>, detail::state_device<R, State>(p)),
+      detail::same_order(state->sizes, detail::state_strides(p, kByRows<R>, device_of_states(p)),
                          state->strides),
       R::name(), ": parameter ", index, " lies in memory with strides ", p.strides(), " on ",
       p.device(), ", and its states for ", at::IntArrayRef(state->strides),
@@ -239,20 +256,43 @@ void Optimizer<R, M, V, W>::step_one(const at::Tensor& p, const GroupPlace& at,
   const Options& options = options_of(at.group);
   State& state = state_for(p);
   state.place = at;
-  const bool fresh = state.template make<R>(p, options, states_.min_packed_elements,
-                                            detail::state_device<R, State>(p));
+  const bool fresh =
+      state.template make<R>(p, options, states_.min_packed_elements, device_of_states(p));
+  BufferHolder* const holder = states_.offload.get();
+  if (holder != nullptr) {
+    if (fresh) state.for_each_buffer([&](at::Tensor& buffer) { buffer = holder->hold(buffer); });
+    read_ahead(p, state);
+  }
   const StepCount count{state.step += micro_batch == 0, fresh};
   detail::StepKeys keys(seed_, state.step, static_cast<std::uint64_t>(2 * index_of(at)),
                         states_.stochastic);
   keys.of_micro_batch(micro_batch);
+  at::Tensor values = p, grad = p.grad();
+  if (holder != nullptr)
+    if (auto copies = holder->copies(p); copies.first.defined())
+      std::tie(values, grad) = std::move(copies);
   if constexpr (kFolds<R>)
-    detail::step_values<R>(p, p.grad(), state,
+    detail::step_values<R>(values, grad, state,
                            R::factors(options, count).folded(micro_batch == 0, last), keys,
                            states_.maximize);
   else if constexpr (ElementwiseRule<R>)
-    detail::step_values<R>(p, p.grad(), state, R::factors(options, count), keys, states_.maximize);
+    detail::step_values<R>(values, grad, state, R::factors(options, count), keys, states_.maximize);
   else
-    R::step(p, p.grad(), state, options, count, keys, states_.maximize);
+    R::step(values, grad, state, options, count, keys, states_.maximize);
+  if (!values.is_same(p)) p.copy_(values, /*non_blocking=*/true);
+  if (holder != nullptr)
+    state.for_each_buffer([&](const at::Tensor& buffer) { holder->done_with(buffer); });
+}
+
+/// Parameters are stepped in the order of the step before: by step() in that of the groups, in
+/// backward in that in which gradients are complete.
+template <UpdateRule R, class M, class V, class W>
+void Optimizer<R, M, V, W>::read_ahead(const at::Tensor& p, State& state) {
+  void* const key = p.unsafeGetTensorImpl();
+  if (State* before = detail::find_state<State>(state_, last_)) before->next = key;
+  last_ = key;
+  if (State* next = detail::find_state<State>(state_, state.next))
+    next->for_each_buffer([&](const at::Tensor& buffer) { states_.offload->will_need(buffer); });
 }
 
 template <UpdateRule R, class M, class V, class W>
@@ -266,7 +306,7 @@ void Optimizer<R, M, V, W>::start_from(std::vector<RoundedWeight> rounded) {
         if (p._version() != one.version || !p.requires_grad()) continue;
         State& state = state_for(p);
         state.place = at;
-        state.template make<R>(p, options_of(at.group), states_.min_packed_elements);
+        state.template make<R>(p, options_of(at.group), states_.min_packed_elements, state.device);
         detail::start_master<R>(p, rest, state);
       }
     });
@@ -275,16 +315,21 @@ void Optimizer<R, M, V, W>::start_from(std::vector<RoundedWeight> rounded) {
 
 template <UpdateRule R, class M, class V, class W>
 void Optimizer<R, M, V, W>::load(::torch::serialize::InputArchive& archive) {
-  detail::LoadedStates<R, State> loaded(archive, param_groups_, states_.min_packed_elements);
+  detail::LoadedStates<R, State> loaded(archive, param_groups_, states_.min_packed_elements,
+                                        /*on_host=*/states_.offload != nullptr);
   seed_ = loaded.seed;
   for (std::size_t g = 0; g < param_groups_.size(); ++g) {
     options_of(g) = static_cast<const Options&>(*loaded.groups[g].options);
     for (std::size_t i = 0; i < param_groups_[g].params().size(); ++i) {
       void* key = param_groups_[g].params()[i].unsafeGetTensorImpl();
-      if (auto& state = loaded.groups[g].states[i]; state != nullptr)
-        state_[key] = std::move(state);
-      else
+      auto& state = loaded.groups[g].states[i];
+      if (state == nullptr) {
         state_.erase(key);
+        continue;
+      }
+      if (states_.offload)
+        state->for_each_buffer([&](at::Tensor& buffer) { buffer = states_.offload->hold(buffer); });
+      state_[key] = std::move(state);
     }
   }
 }

@@ -8,13 +8,20 @@
 
 namespace fourfold::inline v0 {
 
+/// States are where LibTorch's are.
+struct InMemory {
+  template <class Optimizer>
+  using Holding = Optimizer;
+};
+
 /// AdamW's moments held by C: OptimizerStates<Int8> has 8 bits a value, on curves made for moments.
-/// `MasterCodec`: what is kept of 16-bit weights (optim/master_codec.hpp).
-template <class C, class MasterCodec = optim::RoundNearest>
+/// `MasterCodec`: what is kept of 16-bit weights (optim/master_codec.hpp). `Where`: OnFile<>
+/// (optim/offload.hpp) has them in a memory-mapped file.
+template <class C, class MasterCodec = optim::RoundNearest, class Where = InMemory>
 struct OptimizerStates {
   static constexpr Role role = Role::kOptimizerStates;
   using Format = C;
-  using Optimizer = optim::AdamWOf<C, MasterCodec>;
+  using Optimizer = typename Where::template Holding<optim::AdamWOf<C, MasterCodec>>;
 };
 
 namespace optim {

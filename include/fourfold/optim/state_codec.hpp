@@ -7,6 +7,7 @@
 #include <fourfold/optim/master_codec.hpp>  // Fp32
 #include <fourfold/optim/state_codes.hpp>
 
+#include <c10/util/BFloat16.h>
 #include <c10/util/Exception.h>
 
 #include <optional>
@@ -82,6 +83,9 @@ struct StatesOf<BFloat16> {
   using First = BFloat16;
   using Second = BFloat16;
 };
+template <>
+struct StatesOf<c10::BFloat16> : StatesOf<BFloat16> {
+};  // by the name of its values: fourfold::BFloat16
 template <>
 struct StatesOf<Fp32> {
   using First = Fp32;

@@ -20,6 +20,7 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/CPUGeneratorImpl.h>
 #include <c10/util/Exception.h>
+#include <fourfold/core/buffer_holder.hpp>
 #include <fourfold/torch/archive.hpp>
 #include <fourfold/torch/parameters.hpp>
 #include <fourfold/weights/detail/average_of.hpp>
@@ -39,6 +40,8 @@ struct ExponentialMovingAverageOptions {
   std::int64_t every = 1;    ///< of so many update() calls one counts, by decay^every
   bool use_buffers = false;  ///< floating buffers (running statistics) too; others are copied
   std::int64_t min_packed_elements = 4096;  ///< smaller weights' averages are tensors
+  /// Who holds averages on the CPU elsewhere than in memory: on_file() of core/mapped_file.hpp.
+  std::shared_ptr<BufferHolder> offload{};
 };
 
 /// C: Int8, Int4, ... for codes; OnHost; OnDevice. Holds the model's tensors, not the module.
@@ -63,7 +66,7 @@ class ExponentialMovingAverage {
     const auto add = [&](const NamedTensors& tensors) {
       for (const auto& [name, tensor] : tensors)
         if (!door::is_packed(tensor) && seen.insert(tensor.unsafeGetTensorImpl()).second)
-          averages_.emplace_back(name, tensor, options.min_packed_elements);
+          averages_.emplace_back(name, tensor, options.min_packed_elements, options.offload);
     };
     add(parameters_of(model, "ExponentialMovingAverage"));
     if (options.use_buffers) add(buffers_of(model, "ExponentialMovingAverage"));
@@ -77,11 +80,13 @@ class ExponentialMovingAverage {
     if (calls_++ % options_.every != 0) return;
     const double share =
         n_averaged_ == 0 ? 1 : 1 - std::pow(options_.decay, static_cast<double>(options_.every));
-    for (std::size_t i = 0; i < averages_.size(); ++i)
+    for (std::size_t i = 0; i < averages_.size(); ++i) {
+      if (i + 1 < averages_.size()) averages_[i + 1].read_ahead();
       averages_[i].update(share, Key{.seed = seed_,
                                      .step = static_cast<std::uint64_t>(n_averaged_),
                                      .forward = 0,
                                      .storage = i});
+    }
     ++n_averaged_;
   }
   /// Updates that counted.

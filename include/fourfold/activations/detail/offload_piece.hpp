@@ -6,8 +6,8 @@
 #include <ATen/ops/empty.h>
 #include <c10/core/TensorImpl.h>
 #include <c10/util/Exception.h>
-#include <fourfold/activations/detail/offload_file.hpp>
 #include <fourfold/core/place.hpp>
+#include <fourfold/core/unnamed_file.hpp>
 #include <fourfold/torch/operators.hpp>
 
 #include <chrono>
@@ -49,10 +49,11 @@ class OffloadPiece;
 /// Shared by an Offloader and its pieces, which may outlive it.
 struct OffloadState {
   explicit OffloadState(const OffloadOptions& options)
-      : most(options.bytes_in_flight), file(options.directory) {}
+      : most(options.bytes_in_flight),
+        file(options.directory, "fourfold::Offload", "OffloadOptions::directory") {}
 
   const std::int64_t most;
-  OffloadFile file;
+  UnnamedFile file;
   std::mutex mutex;
   std::condition_variable changed;
   std::map<std::uint64_t, std::weak_ptr<OffloadPiece>> pieces;  // that live, by number

@@ -51,6 +51,7 @@ class Master {
   }
 
   [[nodiscard]] const std::vector<at::Tensor>& buffers() const { return buffers_; }
+  std::vector<at::Tensor>& buffers() { return buffers_; }
   [[nodiscard]] std::int64_t nbytes() const {
     std::int64_t bytes = 0;
     for (const at::Tensor& buffer : buffers_) bytes += static_cast<std::int64_t>(buffer.nbytes());

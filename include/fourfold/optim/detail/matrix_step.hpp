@@ -60,7 +60,7 @@ void for_each_row_part(std::int64_t begin, std::int64_t n, std::int64_t columns,
 template <class T, class State>
 struct MatrixStep {
   T* values;
-  const T* slope;
+  const GradientTiles<T>& slope;
   std::int64_t rows, columns;
   State& state;
   const StepKeys& keys;
@@ -73,12 +73,15 @@ struct MatrixStep {
   /// The gradient's values [begin, begin + n) as fp32, at most a tile: where they lie or in `out`.
   const float* gradient(std::int64_t begin, std::int64_t n, float* out) const {
     if constexpr (std::is_same_v<T, float>) {
-      if (!maximize) return slope + begin;
-      run_vectorised<Negate>(isa, out, slope + begin, n);
+      const float* from = slope.tile(begin, n, out);
+      if (!maximize) return from;
+      if (from != out) return run_vectorised<Negate>(isa, out, from, n), out;
     } else {
-      run_vectorised<Widen>(isa, out, slope + begin, n);
-      if (maximize) run_vectorised<NegateInPlace>(isa, out, n);
+      alignas(64) T rows[kTile];
+      run_vectorised<Widen>(isa, out, slope.tile(begin, n, rows), n);
+      if (!maximize) return out;
     }
+    run_vectorised<NegateInPlace>(isa, out, n);
     return out;
   }
 
@@ -189,12 +192,14 @@ template <class State, class F>
 void step_matrix(const at::Tensor& p, const at::Tensor& grad, State& state, const StepKeys& keys,
                  bool maximize, const std::string& rule, Isa isa, const F& f) {
   if (p.numel() == 0) return;
-  in_memory_order(p, grad, /*by_rows=*/true, rule, [&]<class T>(T* values, const T* slope) {
-    if constexpr (!std::is_same_v<T, double>) {
-      const std::int64_t rows = p.dim() < 2 ? 1 : p.size(0);
-      f(MatrixStep<T, State>{values, slope, rows, p.numel() / rows, state, keys, maximize, isa});
-    }
-  });
+  in_memory_order(p, grad, /*by_rows=*/true, rule,
+                  [&]<class T>(T* values, const GradientTiles<T>& slope) {
+                    if constexpr (!std::is_same_v<T, double>) {
+                      const std::int64_t rows = p.dim() < 2 ? 1 : p.size(0);
+                      f(MatrixStep<T, State>{values, slope, rows, p.numel() / rows, state, keys,
+                                             maximize, isa});
+                    }
+                  });
 }
 
 }  // namespace optim::detail

@@ -60,6 +60,7 @@ class Moment {
   [[nodiscard]] std::int64_t numel() const { return n_; }
   [[nodiscard]] bool packed() const { return packed_; }
   [[nodiscard]] const std::vector<at::Tensor>& buffers() const { return codes_.buffers; }
+  std::vector<at::Tensor>& buffers() { return codes_.buffers; }
   [[nodiscard]] std::int64_t nbytes() const {
     std::int64_t bytes = 0;
     for (const at::Tensor& buffer : buffers()) bytes += static_cast<std::int64_t>(buffer.nbytes());

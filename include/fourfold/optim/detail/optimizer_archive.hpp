@@ -23,9 +23,13 @@ namespace optim::detail {
 using StateMap = ska::flat_hash_map<void*, std::unique_ptr<::torch::optim::OptimizerParamState>>;
 
 template <class State>
+State* find_state(const StateMap& states, void* parameter) {
+  const auto found = states.find(parameter);
+  return found == states.end() ? nullptr : static_cast<State*>(found->second.get());
+}
+template <class State>
 const State* find_state(const StateMap& states, const at::Tensor& p) {
-  const auto found = states.find(p.unsafeGetTensorImpl());
-  return found == states.end() ? nullptr : static_cast<const State*>(found->second.get());
+  return find_state<State>(states, p.unsafeGetTensorImpl());
 }
 
 inline constexpr std::int64_t kFormatVersion = 2;
@@ -157,8 +161,8 @@ struct LoadedStates {
   std::vector<Group> groups;
 
   LoadedStates(InputArchive& archive, const std::vector<::torch::optim::OptimizerParamGroup>& ours,
-               std::int64_t min_packed_elements)
-      : min_packed_elements_(min_packed_elements) {
+               std::int64_t min_packed_elements, bool on_host)
+      : min_packed_elements_(min_packed_elements), on_host_(on_host) {
     const door::ArchiveReader file(archive, kFile);
     version_ = file.read_version(
         "fourfold_optimizer", kFormatVersion,
@@ -210,7 +214,7 @@ struct LoadedStates {
     TORCH_CHECK(p.sizes() == sizes, where, " is ", p.sizes(), ", and in this file ",
                 at::IntArrayRef(sizes), "; load the states of the same model");
     if (!reader.read_bool("state")) return nullptr;
-    const at::Device device = state_device<Rule, State>(p);
+    const at::Device device = state_device<Rule, State>(p, on_host_);
     auto state = std::make_unique<State>(p, kByRows<Rule>, device);
     TORCH_CHECK(same_order(sizes, strides, state->strides), where, " has strides ", p.strides(),
                 ", and in this file ", at::IntArrayRef(strides),
@@ -251,6 +255,7 @@ struct LoadedStates {
   }
 
   std::int64_t min_packed_elements_;
+  bool on_host_;
   std::int64_t version_ = 1;
   std::string first_, second_, master_;
 };

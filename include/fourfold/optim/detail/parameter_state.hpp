@@ -70,6 +70,7 @@ struct ParameterState final : public ::torch::optim::OptimizerCloneableParamStat
 
   std::int64_t step = 0;
   GroupPlace place;                   ///< where it stood at its last step
+  void* next = nullptr;               ///< whose states were stepped after these
   std::vector<std::int64_t> sizes;    ///< of the parameter
   at::Device device = at::kCPU;       ///< of all that follows
   std::vector<std::int64_t> strides;  ///< state_strides() of it
@@ -106,6 +107,13 @@ struct ParameterState final : public ::torch::optim::OptimizerCloneableParamStat
       second = Moment<Second>(n.second, n.second >= min_packed_elements, device);
     if (fresh) extra = make_extra<Rule>(p, options);
     return fresh;
+  }
+  /// f(buffer) for all that is kept.
+  template <class F>
+  void for_each_buffer(const F& f) {
+    for (std::vector<at::Tensor>* all :
+         {&first.buffers(), &second.buffers(), &master.buffers(), &extra})
+      for (at::Tensor& buffer : *all) f(buffer);
   }
   [[nodiscard]] std::int64_t nbytes() const {
     std::int64_t bytes = first.nbytes() + second.nbytes() + master.nbytes();

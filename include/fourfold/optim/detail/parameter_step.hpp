@@ -10,6 +10,7 @@
 #include <fourfold/codec/detail/by_kernel.hpp>
 #include <fourfold/core/parallel.hpp>
 #include <fourfold/core/visit.hpp>
+#include <fourfold/optim/detail/gradient_tiles.hpp>
 #include <fourfold/optim/detail/parameter_state.hpp>
 #include <fourfold/optim/detail/step_by_kernel.hpp>
 #include <fourfold/optim/rule.hpp>
@@ -21,9 +22,9 @@ namespace optim::detail {
 template <class = void>
 void check_gradient(const std::string& rule, const at::Tensor& p, const at::Tensor& grad,
                     std::int64_t index) {
-  TORCH_CHECK(grad.layout() == at::kStrided, rule,
-              " does not support sparse gradients, and that of parameter ", index, " is ",
-              grad.layout(), "; build its Embedding with sparse(false)");
+  TORCH_CHECK(grad.layout() == at::kStrided || grad.layout() == at::kSparse, rule,
+              " takes dense gradients and those of layout Sparse, and that of parameter ", index,
+              " is ", grad.layout(), "; convert it with to_sparse() or to_dense()");
   TORCH_CHECK(at::isFloatingType(p.scalar_type()), rule,
               " steps floating parameters, and parameter ", index, " is ", p.scalar_type(),
               "; leave it out of the optimizer");
@@ -56,7 +57,8 @@ struct StepKeys {
   }
 };
 
-/// f(values, gradient) with p's memory, both in the order of state_strides(p, by_rows).
+/// f(values, gradient) with p's memory and a GradientTiles, both in the order of
+/// state_strides(p, by_rows). A sparse gradient is made dense where that order is not row-major.
 template <class F>
 void in_memory_order(const at::Tensor& p, at::Tensor grad, bool by_rows, const std::string& rule,
                      const F& f) {
@@ -70,10 +72,16 @@ void in_memory_order(const at::Tensor& p, at::Tensor grad, bool by_rows, const s
                                             /*has_kernel=*/false);
     target = p.detach().to(at::kCPU).contiguous();
   }
-  if (!same_order(target.sizes(), grad.strides(), target.strides()) || !grad.is_cpu())
-    grad = at::empty_like(target).copy_(grad);
+  const bool sparse = grad.is_sparse() && target.is_contiguous();
+  SparseRows rows;
+  if (sparse)
+    rows = sparse_rows(grad);
+  else if (grad.is_sparse() || !grad.is_cpu() ||
+           !same_order(target.sizes(), grad.strides(), target.strides()))
+    grad = at::empty_like(target).copy_(grad.is_sparse() ? grad.to_dense() : grad);
   visit_float(p.scalar_type(), rule, [&]<class T>(std::type_identity<T>) {
-    f(target.mutable_data_ptr<T>(), grad.const_data_ptr<T>());
+    f(target.mutable_data_ptr<T>(),
+      sparse ? GradientTiles<T>(rows) : GradientTiles<T>(grad.const_data_ptr<T>()));
   });
   if (!direct) {
     p.copy_(target);
@@ -84,13 +92,15 @@ void in_memory_order(const at::Tensor& p, at::Tensor grad, bool by_rows, const s
 
 /// Values [begin, begin + n) of a parameter of type T in memory order.
 template <class Rule, class T, class State>
-void step_tile(T* p, const T* g, State& state, std::int64_t begin, std::int64_t n,
+void step_tile(T* p, const GradientTiles<T>& grad, State& state, std::int64_t begin, std::int64_t n,
                const typename Rule::Factors& factors, const StepKeys& keys, bool maximize,
                Isa isa) {
   alignas(64) float first[kTile], second[kTile];
   float* m = state.first.load(begin, n, first, isa);
   float* v = state.second.load(begin, n, second, isa);
-  p += begin, g += begin;
+  alignas(64) T rows[kTile];
+  const T* g = grad.tile(begin, n, rows);
+  p += begin;
   if constexpr (std::is_same_v<T, float> || std::is_same_v<T, double>) {
     alignas(64) T slope[kTile];
     if (maximize) run_vectorised<Negate>(isa, static_cast<T*>(slope), g, n);
@@ -114,7 +124,7 @@ void step_values(const at::Tensor& p, const at::Tensor& grad, State& state,
   if constexpr (kHasKernel<Rule, State>)
     if (!state.device.is_cpu())
       return step_by_kernel<Rule>(p, grad, state, factors, keys, maximize);
-  in_memory_order(p, grad, /*by_rows=*/false, Rule::name(), [&](auto* values, const auto* slope) {
+  in_memory_order(p, grad, /*by_rows=*/false, Rule::name(), [&](auto* values, const auto& slope) {
     const std::int64_t n = p.numel(), tiles = (n + kTile - 1) / kTile;
     parallel_for(0, tiles, 32, [&](std::int64_t a, std::int64_t b) {
       for (std::int64_t tile = a; tile < b; ++tile)
@@ -128,17 +138,23 @@ void step_values(const at::Tensor& p, const at::Tensor& grad, State& state,
 /// master.
 template <class Rule, class State>
 void start_master(const at::Tensor& p, const at::Tensor& rest, State& state) {
-  in_memory_order(p, rest, kByRows<Rule>, Rule::name(), [&]<class T>(T* values, const T* lost) {
+  const at::Device where = state.device;
+  const at::Tensor host = where.is_cpu() ? p : p.detach().to(at::kCPU);
+  state.to(at::kCPU);
+  in_memory_order(host, rest, kByRows<Rule>, Rule::name(), [&]<class T>(T* values, const auto& of) {
     if constexpr (std::is_same_v<T, c10::BFloat16> || std::is_same_v<T, c10::Half>) {
       alignas(64) float exact[kTile];
+      alignas(64) T scratch[kTile];
       for (std::int64_t begin = 0; begin < p.numel(); begin += kTile) {
         const std::int64_t n = std::min(kTile, p.numel() - begin);
         run_vectorised<WithRest>(fourfold::isa(), static_cast<float*>(exact), values + begin,
-                                 lost + begin, n);
+                                 of.tile(begin, n, scratch), n);
         state.master.store(begin, n, exact, values + begin, std::nullopt, fourfold::isa());
       }
     }
   });
+  if (!where.is_cpu()) p.copy_(host);
+  state.to(where);
 }
 
 }  // namespace optim::detail

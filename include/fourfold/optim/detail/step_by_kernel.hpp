@@ -51,12 +51,12 @@ inline constexpr bool kHasKernel = [] {
   }
 }();
 
-/// Where the states of `p` lie.
+/// Where the states of `p` lie; `on_host`: by the user's wish.
 template <class Rule, class State>
-at::Device state_device(const at::Tensor& p) {
+at::Device state_device(const at::Tensor& p, bool on_host = false) {
   if constexpr (kHasKernel<Rule, State>)
-    if (p.is_cuda() && cuda::kernels() != nullptr && cuda::kernel_dtype(p.scalar_type()) &&
-        p.is_non_overlapping_and_dense())
+    if (!on_host && p.is_cuda() && cuda::kernels() != nullptr &&
+        cuda::kernel_dtype(p.scalar_type()) && p.is_non_overlapping_and_dense())
       return p.device();
   return at::kCPU;
 }
@@ -98,6 +98,7 @@ void step_by_kernel(const at::Tensor& p, at::Tensor grad, const State& state,
                     const typename Rule::Factors& factors, const Keys& keys, bool maximize) {
   const c10::NoGradGuard no_grad;
   const at::Tensor target = p.detach();
+  if (grad.is_sparse()) grad = grad.to_dense();
   if (!same_order(target.sizes(), grad.strides(), target.strides()))
     grad = at::empty_like(target).copy_(grad);
   const FourfoldStep step = kernel_step<Rule>(target, grad, state, factors, keys, maximize);

@@ -8,6 +8,7 @@
 #include <ATen/ops/tensor.h>
 #include <c10/util/Exception.h>
 #include <fourfold/codec/detail/coded_values.hpp>
+#include <fourfold/core/buffer_holder.hpp>
 #include <fourfold/core/parallel.hpp>
 #include <fourfold/core/place.hpp>
 #include <fourfold/core/visit.hpp>
@@ -16,6 +17,7 @@
 #include <torch/serialize/archive.h>
 #include <algorithm>
 #include <cmath>
+#include <memory>
 #include <string>
 #include <type_traits>
 #include <utility>
@@ -37,8 +39,9 @@ class AverageOf {
   static constexpr const char* kFile = "the file of an ExponentialMovingAverage";
 
  public:
-  AverageOf(std::string name, const at::Tensor& of, std::int64_t min_packed_elements)
-      : name_(std::move(name)), of_(of), strides_(of.strides().vec()) {
+  AverageOf(std::string name, const at::Tensor& of, std::int64_t min_packed_elements,
+            std::shared_ptr<BufferHolder> holder)
+      : name_(std::move(name)), of_(of), strides_(of.strides().vec()), holder_(std::move(holder)) {
     packed_ = kCodes && of.is_floating_point() && of.is_cpu() &&
               of.is_non_overlapping_and_dense() && of.numel() >= min_packed_elements;
   }
@@ -100,10 +103,12 @@ class AverageOf {
                     "' in the memory format of strides ", strides, ", and the weight has ",
                     at::IntArrayRef(strides_),
                     "; give the model that format before it is averaged");
+        result.hold();
         return result;
       }
     const at::Device device = std::is_same_v<C, OnHost> ? at::Device(at::kCPU) : of_.device();
     result.dense_ = read("dense", of_.sizes(), held_as()).to(device);
+    result.hold();
     return result;
   }
 
@@ -120,14 +125,24 @@ class AverageOf {
             " with strides ", now.strides(), ", and was on cpu with strides ",
             at::IntArrayRef(strides_),
             " when its average began in codes; make another after the move");
-        return update_codes(now, share, key);
+        update_codes(now, share, key);
+        return done();
       }
     const at::Tensor here =
         now.to(std::is_same_v<C, OnHost> ? at::Device(at::kCPU) : now.device(), held_as());
-    if (share == 1 || !dense_.defined() || !here.is_floating_point())
-      dense_ = here.clone();
+    if (!dense_.defined() || !dense_.sizes().equals(here.sizes()))
+      dense_ = here.clone(), hold();
+    else if (share == 1 || !here.is_floating_point())
+      dense_.copy_(here);
     else
       dense_.lerp_(here, share);
+    done();
+  }
+  /// It will be updated next.
+  void read_ahead() {
+    if (holder_ != nullptr)
+      for (at::Tensor* part : {&codes_.codes, &codes_.words, &dense_})
+        if (part->defined()) holder_->will_need(*part);
   }
   /// Like the weight, on its device.
   [[nodiscard]] at::Tensor value() const {
@@ -151,13 +166,23 @@ class AverageOf {
   }
 
  private:
+  void hold() {
+    if (holder_ != nullptr)
+      for (at::Tensor* part : {&codes_.codes, &codes_.words, &dense_})
+        if (part->defined()) *part = holder_->hold(*part);
+  }
+  void done() {
+    if (holder_ != nullptr)
+      for (const at::Tensor* part : {&codes_.codes, &codes_.words, &dense_})
+        if (part->defined()) holder_->done_with(*part);
+  }
   /// Half types are averaged in fp32: a share of a thousandth is less than their rounding.
   [[nodiscard]] at::ScalarType held_as() const {
     return at::isReducedFloatingType(of_.scalar_type()) ? at::kFloat : of_.scalar_type();
   }
   void update_codes(const at::Tensor& now, double share, const Key& key) {
     const bool first = !codes_.codes.defined();
-    if (first) codes_ = CodedValues(C::kFormat, now.numel());
+    if (first) codes_ = CodedValues(C::kFormat, now.numel()), hold();
     const auto weight = static_cast<float>(share);
     visit_float(now.scalar_type(), "ExponentialMovingAverage", [&]<class T>(std::type_identity<T>) {
       const T* from = now.const_data_ptr<T>();
@@ -187,6 +212,7 @@ class AverageOf {
   bool packed_ = false;
   CodedValues codes_;
   at::Tensor dense_;
+  std::shared_ptr<BufferHolder> holder_;
 };
 
 }  // namespace detail

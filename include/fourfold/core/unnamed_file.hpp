@@ -2,40 +2,48 @@
 #pragma once
 /// A file without a name: pieces of memory, written, read back, and their room used again.
 ///
-/// Its name is removed as soon as it is open, so that whatever ends the process, nothing is left.
-/// Written and read by calls rather than through a mapping: a full disk is then an error of one
-/// write, where a mapping would end the process (SIGBUS), and what is read back lies in memory that
-/// LibTorch's allocator counts.
+/// Its name is removed as soon as it is open, so that whatever ends the process, nothing is left. A
+/// full disk is an error of one call: of write(), or of reserve(), without which a write through a
+/// mapping would end the process (SIGBUS).
 #include <c10/util/Exception.h>
 
 #include <fcntl.h>
 #include <signal.h>
+#include <sys/mman.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <cerrno>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <map>
 #include <string>
+#include <utility>
 
 namespace fourfold::inline v0::detail {
 
 /// Any thread, but for allocate() and free(): one at a time.
-class OffloadFile {
+class UnnamedFile {
  public:
-  explicit OffloadFile(const std::string& directory) {
-    std::string name = directory + "/fourfold-XXXXXX";
+  /// In `directory`; where that is empty in $TMPDIR, else in /tmp. `who` speaks in messages, and
+  /// `option` is where it takes the directory from.
+  UnnamedFile(std::string directory, const std::string& who, const std::string& option)
+      : directory_(std::move(directory)) {
+    if (directory_.empty()) {
+      const char* const temporary = std::getenv("TMPDIR");
+      directory_ = temporary != nullptr && *temporary != 0 ? temporary : "/tmp";
+    }
+    std::string name = directory_ + "/fourfold-XXXXXX";
     file_ = ::mkostemp(name.data(), O_CLOEXEC);
-    TORCH_CHECK(file_ >= 0, "fourfold::Offload: cannot make a file in '", directory,
+    TORCH_CHECK(file_ >= 0, who, ": cannot make a file in '", directory_,
                 "': ", std::strerror(errno),
-                "; name a directory that this process may write to, on a disk, in "
-                "OffloadOptions::directory");
+                "; name a directory that this process may write to, on a disk, in ", option);
     ::unlink(name.c_str());
   }
-  ~OffloadFile() { ::close(file_); }
-  OffloadFile(const OffloadFile&) = delete;
-  OffloadFile& operator=(const OffloadFile&) = delete;
+  ~UnnamedFile() { ::close(file_); }
+  UnnamedFile(const UnnamedFile&) = delete;
+  UnnamedFile& operator=(const UnnamedFile&) = delete;
 
   /// Where so many bytes may stand: the first gap that is wide enough, or the end.
   [[nodiscard]] std::int64_t allocate(std::int64_t bytes) {
@@ -59,6 +67,7 @@ class OffloadFile {
         before->second += gap->second, gaps_.erase(gap), gap = before;
     if (gap->first + gap->second == end_) end_ = gap->first, gaps_.erase(gap);
   }
+  [[nodiscard]] const std::string& directory() const { return directory_; }
   /// Bytes from its beginning to the last piece.
   [[nodiscard]] std::int64_t size() const { return end_; }
 
@@ -84,6 +93,28 @@ class OffloadFile {
     }
     return 0;
   }
+  /// Room on the disk for bytes that are not written yet, so that they may be through map().
+  [[nodiscard]] int reserve(std::int64_t bytes, std::int64_t offset) noexcept {
+    const IgnoreFileLimit guard;
+    int error = EINTR;
+    while (error == EINTR) error = ::posix_fallocate(file_, offset, bytes);
+    return error;
+  }
+  /// The file's own pages from `offset`, a multiple of a page; null where there is no room for them.
+  [[nodiscard]] void* map(std::int64_t bytes, std::int64_t offset) noexcept {
+    void* const at = ::mmap(nullptr, static_cast<std::size_t>(bytes), PROT_READ | PROT_WRITE,
+                            MAP_SHARED, file_, offset);
+    return at == MAP_FAILED ? nullptr : at;
+  }
+  /// Begins to write what was changed through map().
+  void write_back(std::int64_t bytes, std::int64_t offset) noexcept {
+    ::sync_file_range(file_, offset, bytes, SYNC_FILE_RANGE_WRITE);
+  }
+  /// Writes everything out and has the system forget what it has of the file, as far as it can.
+  void drop_cache() noexcept {
+    ::fdatasync(file_);
+    ::posix_fadvise(file_, 0, 0, POSIX_FADV_DONTNEED);
+  }
 
  private:
   /// Beyond RLIMIT_FSIZE a write is an error here, and does not end the process.
@@ -108,6 +139,7 @@ class OffloadFile {
     return static_cast<std::size_t>(std::min<std::int64_t>(bytes, std::int64_t{1} << 30));
   }
 
+  std::string directory_;
   int file_ = -1;
   std::int64_t end_ = 0;
   std::map<std::int64_t, std::int64_t> gaps_;  // offset, bytes; never two that touch
