@@ -36,6 +36,11 @@ class BasicKept final : public Stored {
     return held_->storage();
   }
   std::int64_t first() const override { return 0; }
+  std::int64_t granule() override { return 1; }
+  at::Tensor piece(std::int64_t begin, std::int64_t end) override {
+    return run_of(storage(), begin, end, dtype_);
+  }
+  at::Device device() const override { return held_->storage().device(); }
   bool exact() const override { return true; }
   StoredAs kind() const override { return StoredAs::kKept; }
   void before_write() override {
@@ -107,6 +112,15 @@ class BasicPacked final : public Stored, public std::enable_shared_from_this<Bas
     if (extent_.dense()) use_->index()->mark_decoded(values.storage(), weak_from_this());
     return values.storage();
   }
+  std::int64_t granule() override {
+    const std::lock_guard lock(mutex_);
+    return extent_.dense() && dense_.expired() ? payload_->granule() : 0;
+  }
+  at::Tensor piece(std::int64_t begin, std::int64_t end) override {
+    const door::OperatorsPause pause;
+    return payload_->decompress(begin, end);
+  }
+  at::Device device() const override { return payload_->device(); }
   bool exact() const override { return kind_ != StoredAs::kPacked; }
   StoredAs kind() const override { return kind_; }
   std::int64_t own_bytes() const override { return bytes_; }
@@ -131,6 +145,11 @@ class BasicDecoded final : public Stored {
         source_(std::move(source)) {}
 
   c10::Storage storage() override { return source_->storage(); }
+  std::int64_t granule() override { return source_->granule(); }
+  at::Tensor piece(std::int64_t begin, std::int64_t end) override {
+    return source_->piece(begin, end);
+  }
+  at::Device device() const override { return source_->device(); }
   bool exact() const override { return true; }  // it decodes to the same values each time
   StoredAs kind() const override { return source_->kind(); }
 
