@@ -197,6 +197,17 @@ class BasicBitMask {
                          std::bit_cast<std::uint32_t>(other), reinterpret_cast<std::uint32_t*>(out),
                          isa());
   }
+  /// Whole words of 64 bits, but for the tensor's last.
+  static constexpr std::int64_t kGranule = 64;
+  [[nodiscard]] static Packed slice(const Packed& packed, std::int64_t begin, std::int64_t end) {
+    TORCH_CHECK(0 <= begin && begin <= end && end <= packed.numel() && begin % kGranule == 0,
+                name(), " was asked for a slice [", begin, ", ", end, ") of ", packed.numel(),
+                " values; ask for a range inside that begins with a word of ", kGranule);
+    return {{packed.buffers.at(0).narrow(0, begin / 8, (end + 7) / 8 - begin / 8),
+             packed.buffers.at(1)},
+            {end - begin},
+            packed.dtype};
+  }
   [[nodiscard]] at::Tensor error_bound(const at::Tensor& values) const {
     return at::zeros(values.sizes(), values.options().dtype(at::kFloat).requires_grad(false));
   }
@@ -210,6 +221,7 @@ class BasicBitMask {
 };
 using BitMask = BasicBitMask<>;
 
-static_assert(Codec<BitMask> && TileCodec<BitMask>, "BitMask must stay a Codec");
+static_assert(Codec<BitMask> && TileCodec<BitMask> && SliceCodec<BitMask>,
+              "BitMask must stay a Codec");
 
 }  // namespace fourfold::inline v0

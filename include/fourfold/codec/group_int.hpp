@@ -173,6 +173,19 @@ class GroupQuantizer {
     detail::decode_values(F, packed.buffers[0].template const_data_ptr<std::uint8_t>(),
                           detail::group_words(packed.buffers[1]), begin, end, out, isa());
   }
+  /// Whole groups, but for the tensor's last.
+  static constexpr std::int64_t kGranule = F.group;
+  [[nodiscard]] static Packed slice(const Packed& packed, std::int64_t begin, std::int64_t end) {
+    TORCH_CHECK(0 <= begin && begin <= end && end <= packed.numel() && begin % F.group == 0, name(),
+                " was asked for a slice [", begin, ", ", end, ") of ", packed.numel(),
+                " values; ask for a range inside that begins with a group of ", F.group);
+    const std::int64_t first = begin / F.group, last = detail::ceil_div(end, F.group);
+    const std::int64_t byte = begin * F.bits / 8, stop = detail::ceil_div(end * F.bits, 8);
+    return {{packed.buffers.at(0).narrow(0, byte, stop - byte),
+             packed.buffers.at(1).narrow(0, first, last - first)},
+            {end - begin},
+            packed.dtype};
+  }
   /// Whether a group was given a value that is not finite, so that all of it decodes to NaN.
   [[nodiscard]] static bool holds_nan(const Packed& packed) {
     return detail::any_nan_word(packed.buffers.at(1));
@@ -192,6 +205,7 @@ using Int4Symmetric = GroupQuantizer<IntFormat{.bits = 4, .group = 64, .symmetri
 using Int2Symmetric = GroupQuantizer<IntFormat{.bits = 2, .group = 64, .symmetric = true}>;
 
 static_assert(StochasticCodec<Int8> && TileCodec<Int8>, "GroupQuantizer must stay a Codec");
+static_assert(SliceCodec<Int8> && SliceCodec<Int4>);
 static_assert(StochasticCodec<Int4Symmetric> && TileCodec<Int4Symmetric>);
 
 }  // namespace fourfold::inline v0

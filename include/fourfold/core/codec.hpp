@@ -67,4 +67,12 @@ concept TileCodec = Codec<C> &&
   codec.decode(packed, /*begin=*/index, /*end=*/index, out);
 };
 
+/// Whose codes of values [begin, end), `begin` a multiple of C::kGranule, are codes of a tensor of
+/// their own, (end - begin) values in a row. They share memory.
+template <class C>
+concept SliceCodec = Codec<C> && requires(const typename C::Packed& packed, std::int64_t index) {
+  { C::kGranule } -> std::convertible_to<std::int64_t>;
+  { C::slice(packed, /*begin=*/index, /*end=*/index) } -> std::same_as<typename C::Packed>;
+};
+
 }  // namespace fourfold::inline v0

@@ -16,6 +16,13 @@ class Payload {
   [[nodiscard]] virtual at::Tensor decompress() const = 0;  ///< dense and contiguous
   /// Values [begin, end) in row-major order as fp32; CPU payloads only.
   virtual void decode(std::int64_t begin, std::int64_t end, float* out) const = 0;
+  /// The same values, dense, on the payload's device and on all threads. `begin` is a multiple of
+  /// granule(), which is 0 where only the whole can be read.
+  [[nodiscard]] virtual at::Tensor decompress(std::int64_t begin, std::int64_t end) const {
+    TORCH_CHECK(false, codec(), " cannot be read in pieces, here values [", begin, ", ", end,
+                "); use decompress() for the whole tensor");
+  }
+  [[nodiscard]] virtual std::int64_t granule() const { return 0; }
   /// The same codec on other values (a write into a packed parameter); rounds to nearest.
   [[nodiscard]] virtual std::shared_ptr<const Payload> compress(const at::Tensor& values) const = 0;
   /// The same codes elsewhere, and with another logical dtype.
@@ -59,6 +66,16 @@ class CodecPayload final : public Payload {
       TORCH_CHECK(false, C::name(),
                   " cannot be read tile by tile; use decompress() for the whole tensor");
     }
+  }
+  at::Tensor decompress(std::int64_t begin, std::int64_t end) const override {
+    if constexpr (SliceCodec<C>)
+      return C{}.decompress(C::slice(packed_, begin, end));
+    else
+      return Payload::decompress(begin, end);
+  }
+  std::int64_t granule() const override {
+    if constexpr (SliceCodec<C>) return C::kGranule;
+    return 0;
   }
   std::shared_ptr<const Payload> compress(const at::Tensor& values) const override {
     return std::make_shared<CodecPayload>(C{}.compress(values));

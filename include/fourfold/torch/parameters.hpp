@@ -6,9 +6,10 @@
 ///   at::mm(x, packed.t());            // reads codes; any other operator gets plain values
 ///
 /// Opened by the first packed tensor (never at static initialisation): a boxed fallback and a few
-/// kernels are registered on LibTorch's TESTING_ONLY_GenericWrapper key, once in a process. What
-/// leads there is a template: a program without packed parameters does not compile the wrappers.
-#include <ATen/core/dispatch/Dispatcher.h>
+/// kernels are registered on LibTorch's TESTING_ONLY_GenericWrapper key, once in a process, some of
+/// them by packed_backward.hpp. What leads there is a template: a program without packed parameters
+/// does not compile the wrappers.
+#include <fourfold/torch/packed_backward.hpp>
 #include <fourfold/torch/parameters_fallback.hpp>
 #include <fourfold/torch/parameters_kernels.hpp>
 
@@ -16,29 +17,12 @@ namespace fourfold::door {
 
 namespace detail {
 
-template <class Kernel>
-void register_packed_kernel(const char* name, const char* overload, Kernel kernel) {
-  parameters_state().registrations.push_back(
-      std::make_shared<c10::RegistrationHandleRAII>(c10::Dispatcher::singleton().registerImpl(
-          {name, overload}, kPackedKey, c10::KernelFunction::makeFromUnboxedRuntimeFunction(kernel),
-          c10::impl::CppSignature::make<Kernel>(), /*inferred_function_schema=*/nullptr,
-          "fourfold/torch/parameters.hpp")));
-}
-
 template <class = void>
 void register_packed_kernels() {
-  auto& dispatcher = c10::Dispatcher::singleton();
-  TORCH_CHECK(!dispatcher.hasBackendFallbackForDispatchKey(kPackedKey),
-              "fourfold holds parameters packed by a fallback on LibTorch's key ",
-              c10::toString(kPackedKey),
-              ", but something else of this program has one there already: another fourfold whose "
-              "state is not shared with this one (built with another compiler or layout, or loaded "
-              "with RTLD_LOCAL), or a test of LibTorch's. Keep one of the two");
-  parameters_state().registrations.push_back(
-      std::make_shared<c10::RegistrationHandleRAII>(dispatcher.registerFallback(
-          kPackedKey, c10::KernelFunction::makeFromBoxedFunction<&packed_fallback<>>(),
-          "fourfold/torch/parameters.hpp")));
-  register_packed_kernel("aten::mm", "", &mm<>);
+  open_packed_backward();
+  ParametersState& state = parameters_state();
+  state.fallback.store(&packed_fallback<>);
+  state.mm.store(&mm<>);
   register_packed_kernel("aten::mv", "", &mv<>);
   register_packed_kernel("aten::addmm", "", &addmm<>);
   register_packed_kernel("aten::bmm", "", &bmm<>);

@@ -5,6 +5,8 @@
 ///
 /// The key is TESTING_ONLY_GenericWrapper: LibTorch puts nothing of its own there, it stands above
 /// functorch, autocast and autograd, and it may be carried by a tensor (c10/core/DispatchKey.h).
+#include <ATen/core/stack.h>
+#include <ATen/core/Tensor.h>
 #include <c10/core/DispatchKeySet.h>
 #include <c10/core/StorageImpl.h>
 #include <c10/util/intrusive_ptr.h>
@@ -56,12 +58,18 @@ struct DenseRecord {
 
 /// One in a process (door_state.hpp).
 struct [[gnu::visibility("default")]] ParametersState {
-  static constexpr std::uint32_t kAbi = 4;
+  static constexpr std::uint32_t kAbi = 5;
   static constexpr const char* kName = "packed parameters";
   /// Marks storages that are ours: the same function's address in every library.
   void (*delete_holder)(void*) = [](void* holder) { delete static_cast<PackedHolder*>(holder); };
-  std::atomic<bool> open{false};
-  std::mutex opening;
+  std::atomic<bool> open{false};     ///< to packed parameters
+  std::atomic<bool> reading{false};  ///< to packed saved tensors: what both register
+  /// Of packed parameters: null until that door is open.
+  std::atomic<void (*)(const c10::OperatorHandle&, c10::DispatchKeySet, c10::Stack*)> fallback{};
+  std::atomic<at::Tensor (*)(c10::DispatchKeySet, const at::Tensor&, const at::Tensor&)> mm{};
+  /// Values of a saved tensor that are decoded at once.
+  std::atomic<std::int64_t> piece{std::int64_t{1} << 18};
+  std::mutex opening, registering;
   std::vector<std::shared_ptr<void>> registrations;  ///< of kernels; they live with the process
   std::mutex dense_mutex;
   PointerMap<DenseRecord> dense;

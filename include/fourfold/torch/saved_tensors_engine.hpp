@@ -16,6 +16,7 @@
 #include <torch/csrc/autograd/saved_variable_hooks.h>
 #include <torch/csrc/autograd/variable.h>
 #include <fourfold/torch/node.hpp>
+#include <fourfold/torch/packed_nodes.hpp>
 
 #include <algorithm>
 #include <atomic>
@@ -40,6 +41,9 @@ class Saved {
   /// (retain_graph, double backward), on any thread, needing no thread-local state; under NoGrad
   /// and with autocast off. What it returns is never written to.
   [[nodiscard]] virtual at::Tensor unpack() = 0;
+  /// The same for a reader that takes packed tensors (torch/packed_backward.hpp): it may come back
+  /// as one, whose values are decoded where they are read.
+  [[nodiscard]] virtual at::Tensor unpack_packed() { return unpack(); }
 };
 
 /// What a scope does with the tensors that autograd saves on its thread.
@@ -167,10 +171,10 @@ std::shared_ptr<Saved> pack_with(SavedTensors& packer, const at::Tensor& tensor,
   return saved;
 }
 
-inline at::Tensor unpack_from(Saved& saved) {
+inline at::Tensor unpack_from(Saved& saved, bool packed = false) {
   const at::NoGradGuard no_grad;
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-  at::Tensor tensor = saved.unpack();
+  at::Tensor tensor = packed ? saved.unpack_packed() : saved.unpack();
   TORCH_INTERNAL_ASSERT(tensor.defined(), "a Saved unpacked to an undefined tensor");
   return tensor;
 }
@@ -190,7 +194,7 @@ class SavedTensorHooks final : public torch::autograd::SavedVariableHooks {
 
   at::Tensor call_unpack_hook() override {
     check_.check();
-    at::Tensor tensor = unpack_from(*saved_);
+    at::Tensor tensor = unpack_from(*saved_, node_takes_packed());
     if (check_.sizes() && !tensor.is_nested())
       TORCH_INTERNAL_ASSERT(tensor.sizes() == at::IntArrayRef(*check_.sizes()),
                             "a Saved unpacked to sizes ", tensor.sizes(), ", saved were ",
@@ -205,7 +209,7 @@ class SavedTensorHooks final : public torch::autograd::SavedVariableHooks {
 };
 
 /// Changes with OpenScope, Saved, SavedTensors and SavedTensorsEngine.
-inline constexpr int kSavedTensorsAbi = 2;
+inline constexpr int kSavedTensorsAbi = 3;
 
 template <class = void>
 class [[gnu::visibility("default")]] SavedTensorsEngine final : public torch::autograd::Engine {

@@ -169,7 +169,8 @@ class CheckpointFrame final : public door::SavedTensors,
   /// In the graph, in place of one tensor.
   struct Holder final : door::Saved {
     Holder(std::shared_ptr<CheckpointFrame> f, std::size_t i) : frame(std::move(f)), index(i) {}
-    at::Tensor unpack() override { return frame->unpack(*this); }
+    at::Tensor unpack() override { return frame->unpack(*this, /*packed=*/false); }
+    at::Tensor unpack_packed() override { return frame->unpack(*this, /*packed=*/true); }
 
     std::shared_ptr<door::Saved> take(int task) {
       const auto found = std::find_if(recomputed.begin(), recomputed.end(),
@@ -256,7 +257,7 @@ class CheckpointFrame final : public door::SavedTensors,
       ". A checkpointed function must do the same each time it runs: give it what it depends on as "
       "inputs, and leave the model's mode (train, eval) as it was until backward is done";
 
-  at::Tensor unpack(Holder& holder) {
+  at::Tensor unpack(Holder& holder, bool packed) {
     const std::lock_guard lock(mutex_);
     const int task = door::current_graph_task();
     std::shared_ptr<door::Saved> saved = holder.take(task);
@@ -267,7 +268,7 @@ class CheckpointFrame final : public door::SavedTensors,
       saved = holder.take(task);
       TORCH_INTERNAL_ASSERT(saved != nullptr);
     }
-    return saved->unpack();
+    return packed ? saved->unpack_packed() : saved->unpack();
   }
 
   void recompute(int task, const Holder* only) {

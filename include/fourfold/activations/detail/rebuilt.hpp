@@ -6,13 +6,18 @@
 #include <ATen/core/ivalue.h>
 #include <ATen/core/stack.h>
 #include <ATen/ops/empty_strided.h>
+#include <c10/util/FunctionRef.h>
 #include <fourfold/activations/detail/stored.hpp>
 #include <fourfold/core/place.hpp>
 #include <fourfold/torch/operators.hpp>  // OperatorsPause
 
+#include <algorithm>
+#include <array>
 #include <cstdint>
 #include <memory>
 #include <mutex>
+#include <numeric>
+#include <string_view>
 #include <utility>
 #include <vector>
 
@@ -48,14 +53,59 @@ struct OperatorCall {
   std::uint64_t time = 0;  ///< on the tape's clock, when it began
 };
 
+/// What an operator reads when it runs again: values that are stored, or a constant.
+struct RebuiltInput {
+  at::IValue constant;             ///< if `stored` is null
+  std::shared_ptr<Stored> stored;  ///< else its view
+  StorageView view;
+};
+
+/// Values of a result of `call` that can be computed from as many of each input: 1 where the operator
+/// is elementwise, a row of a layer_norm; a multiple of both that and of what the inputs can be read
+/// in. 0: only the whole can.
+template <class = void>
+std::int64_t row_by_row(const OperatorCall& call, std::size_t result,
+                        const std::vector<RebuiltInput>& inputs) {
+  constexpr std::size_t kShape = 1, kFormat = 6;  // of native_layer_norm, of _to_copy
+  constexpr auto kElementwise = std::to_array<std::string_view>(
+      {"gelu", "relu", "silu", "sigmoid", "tanh", "mul", "add", "sub", "_to_copy"});
+  std::string_view name = call.op.schema().name();
+  if (!name.starts_with("aten::")) return 0;
+  name.remove_prefix(6);
+  const StorageView& made = call.results[result].view;
+  if (!made.contiguous() || made.numel() != call.results[result].values) return 0;
+  const bool normalises = name == "native_layer_norm" && result == 0;
+  if (!normalises &&
+      std::find(kElementwise.begin(), kElementwise.end(), name) == kElementwise.end())
+    return 0;
+  if (name == "_to_copy" && !inputs.at(kFormat).constant.isNone()) {
+    const auto format = inputs[kFormat].constant.toMemoryFormat();
+    if (format != at::MemoryFormat::Preserve && format != at::MemoryFormat::Contiguous) return 0;
+  }
+  std::int64_t step = 1;
+  if (normalises)
+    for (const std::int64_t size : inputs.at(kShape).constant.toIntVector()) step *= size;
+  for (std::size_t i = 0; i < inputs.size() && !(normalises && i > 0); ++i) {
+    const RebuiltInput& input = inputs[i];
+    if (input.stored == nullptr) {
+      const bool wide = input.constant.isTensor() && input.constant.toTensor().defined() &&
+                        input.constant.toTensor().numel() != 1;
+      if (wide || normalises) return 0;
+      continue;
+    }
+    const std::int64_t granule = input.stored->granule();
+    if (granule == 0 || !input.view.contiguous() || input.view.numel() != made.numel() ||
+        (input.view.offset - input.stored->first()) % granule != 0)
+      return 0;
+    step = std::lcm(step, granule);
+  }
+  return step;
+}
+
 template <class = void>
 class BasicRebuilt final : public Stored, public std::enable_shared_from_this<BasicRebuilt<>> {
  public:
-  struct Input {
-    at::IValue constant;             ///< if `stored` is null
-    std::shared_ptr<Stored> stored;  ///< else its view
-    StorageView view;
-  };
+  using Input = RebuiltInput;
 
   BasicRebuilt(std::shared_ptr<StorageUse> use, std::shared_ptr<const OperatorCall> call,
                std::size_t result, std::vector<Input> inputs)
@@ -97,6 +147,16 @@ class BasicRebuilt final : public Stored, public std::enable_shared_from_this<Ba
     note_decoded(values.storage());
     return values.storage();
   }
+  std::int64_t granule() override {
+    const std::lock_guard lock(mutex_);
+    return held_ == nullptr && dense_.expired() ? row_by_row(*call_, result_, inputs_) : 0;
+  }
+  at::Tensor piece(std::int64_t begin, std::int64_t end) override;
+  at::Device device() const override {
+    for (const Input& input : inputs_)
+      if (input.stored != nullptr) return input.stored->device();
+    return at::kCPU;
+  }
   bool exact() const override { return exact_; }
   StoredAs kind() const override { return StoredAs::kRebuilt; }
   std::int64_t own_bytes() const override { return cloned_; }
@@ -124,16 +184,21 @@ class BasicRebuilt final : public Stored, public std::enable_shared_from_this<Ba
   }
 
  private:
-  at::Tensor compute() {
+  /// The operator's result, of what read(input, its index) gives for each input that is stored.
+  at::Tensor run(c10::function_ref<at::Tensor(const Input&, std::size_t)> read) {
     const door::OperatorsPause pause;
     const at::NoGradGuard no_grad;
     const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
     c10::Stack stack;
     stack.reserve(inputs_.size());
-    for (const Input& input : inputs_)
-      stack.push_back(input.stored ? at::IValue(input.stored->view(input.view)) : input.constant);
+    for (std::size_t i = 0; i < inputs_.size(); ++i)
+      stack.push_back(inputs_[i].stored ? at::IValue(read(inputs_[i], i)) : inputs_[i].constant);
     call_->op.callBoxed(stack);
-    at::Tensor values = std::move(stack.at(result_)).toTensor();
+    return std::move(stack.at(result_)).toTensor();
+  }
+  at::Tensor compute() {
+    at::Tensor values =
+        run([](const Input& input, std::size_t) { return input.stored->view(input.view); });
     computed_on_ = cuda::current_stream(values.device());
     const StorageView& expected = call_->results[result_].view;
     TORCH_INTERNAL_ASSERT(
@@ -155,5 +220,24 @@ class BasicRebuilt final : public Stored, public std::enable_shared_from_this<Ba
   std::optional<c10::Stream> computed_on_;
 };
 using Rebuilt = BasicRebuilt<>;
+
+template <class T>
+at::Tensor BasicRebuilt<T>::piece(std::int64_t begin, std::int64_t end) {
+  const std::lock_guard lock(mutex_);
+  if (held_ != nullptr) return run_of(held_->storage(), begin, end, dtype_);
+  // Of a layer_norm the first input alone goes by rows; its weight and bias are the same for all.
+  const bool normalises = call_->op.schema().name() == "aten::native_layer_norm";
+  at::Tensor values = run([&](const Input& input, std::size_t i) {
+    if (normalises && i > 0) return input.stored->view(input.view);
+    const std::int64_t at = input.view.offset - input.stored->first();
+    at::Tensor run = input.stored->piece(at + begin, at + end);
+    if (!normalises) return run;
+    std::vector<std::int64_t> sizes = inputs_[1].constant.toIntVector();
+    sizes.insert(sizes.begin(), -1);
+    return run.view(sizes);
+  });
+  TORCH_INTERNAL_ASSERT(values.numel() == end - begin && values.scalar_type() == dtype_);
+  return values.view({end - begin});
+}
 
 }  // namespace fourfold::inline v0::detail

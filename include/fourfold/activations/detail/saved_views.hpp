@@ -2,7 +2,7 @@
 #pragma once
 /// What a graph node holds of a tensor that it saved: a view of what is stored, or the tensor.
 #include <ATen/ops/empty_strided.h>
-#include <fourfold/activations/detail/storage_index.hpp>
+#include <fourfold/activations/detail/stored_payload.hpp>
 #include <fourfold/torch/operators.hpp>      // OperatorsPause
 #include <fourfold/torch/saved_tensors.hpp>  // Saved
 
@@ -19,6 +19,7 @@ class BasicSavedView final : public door::Saved {
   BasicSavedView(std::shared_ptr<Stored> stored, StorageView view)
       : stored_(std::move(stored)), view_(std::move(view)) {}
   at::Tensor unpack() override { return stored_->view(view_); }
+  at::Tensor unpack_packed() override { return packed_or_plain(stored_, view_); }
 
  private:
   const std::shared_ptr<Stored> stored_;

@@ -100,6 +100,14 @@ class BasicStored {
   /// What it is computed from is about to be written to.
   virtual void before_input_write() {}
 
+  /// Values that a piece begins with a whole number of; 0: it is read whole, or is there already.
+  [[nodiscard]] virtual std::int64_t granule() { return 0; }
+  /// Values [begin, end) of storage(), where granule() is not 0: in a row, not to be written to.
+  [[nodiscard]] virtual at::Tensor piece(std::int64_t begin, std::int64_t end) {
+    TORCH_INTERNAL_ASSERT(false, "no piece [", begin, ", ", end, ") of what is read whole");
+  }
+  [[nodiscard]] virtual at::Device device() const { return at::kCPU; }
+
   [[nodiscard]] at::Tensor view(const StorageView& view) { return view.on(storage(), first()); }
   [[nodiscard]] bool has(std::int64_t version, at::ScalarType dtype, const Extent& extent) const {
     return version_ == version && dtype_ == dtype && extent_.covers(extent);

@@ -38,7 +38,29 @@ struct StorageView {
     return tensor;
   }
   friend bool operator==(const StorageView&, const StorageView&) = default;
+
+  [[nodiscard]] std::int64_t numel() const {
+    std::int64_t n = 1;
+    for (std::int64_t size : sizes) n *= size;
+    return n;
+  }
+  /// Whether its values lie in a row, in their order.
+  [[nodiscard]] bool contiguous() const {
+    std::int64_t stride = 1;
+    for (std::size_t i = sizes.size(); i-- > 0; stride *= sizes[i])
+      if (sizes[i] != 1 && strides[i] != stride) return false;
+    return true;
+  }
 };
+
+/// Values [begin, end) of a storage.
+template <class = void>
+at::Tensor run_of(const c10::Storage& storage, std::int64_t begin, std::int64_t end,
+                  at::ScalarType dtype) {
+  StorageView run;
+  run.sizes = {end - begin}, run.strides = {1}, run.offset = begin, run.dtype = dtype;
+  return run.on(storage);
+}
 
 /// Which values of its storage a view reads: their order and number of reads forgotten. Dense where
 /// one stride of 1 is left, so q, k and v of one product, or their transposes, are told alike.

@@ -38,6 +38,11 @@ class BasicKept final : public Stored {
     return held_->storage();
   }
   std::int64_t first() const override { return 0; }
+  std::int64_t granule() override { return 1; }
+  at::Tensor piece(std::int64_t begin, std::int64_t end) override {
+    return run_of(storage(), begin, end, dtype_);
+  }
+  at::Device device() const override { return held_->storage().device(); }
   bool exact() const override { return true; }
   StoredAs kind() const override { return StoredAs::kKept; }
   void before_write() override {
@@ -99,8 +104,7 @@ class BasicPacked final : public Stored, public std::enable_shared_from_this<Bas
     }
     const door::OperatorsPause pause;
     note_decoding();
-    for (const at::Tensor& buffer : payload_->buffers())
-      cuda::read_on_current_stream(buffer.storage(), packed_on_);
+    read_here();
     at::Tensor values = payload_->decompress();
     TORCH_INTERNAL_ASSERT(values.numel() == extent_.numel() && values.is_contiguous() &&
                           values.storage_offset() == 0 && values.scalar_type() == dtype_);
@@ -117,12 +121,27 @@ class BasicPacked final : public Stored, public std::enable_shared_from_this<Bas
     if (extent_.dense()) use_->index()->mark_decoded(values.storage(), weak_from_this());
     return values.storage();
   }
+  std::int64_t granule() override {
+    const std::lock_guard lock(mutex_);
+    return extent_.dense() && dense_.expired() ? payload_->granule() : 0;
+  }
+  at::Tensor piece(std::int64_t begin, std::int64_t end) override {
+    const door::OperatorsPause pause;
+    read_here();
+    return payload_->decompress(begin, end);
+  }
+  at::Device device() const override { return payload_->device(); }
   bool exact() const override { return kind_ != StoredAs::kPacked; }
   StoredAs kind() const override { return kind_; }
   std::int64_t own_bytes() const override { return bytes_; }
   void before_write() override { payload_->before_source_changes(); }
 
  private:
+  void read_here() const {
+    for (const at::Tensor& buffer : payload_->buffers())
+      cuda::read_on_current_stream(buffer.storage(), packed_on_);
+  }
+
   const std::shared_ptr<const Payload> payload_;
   const std::optional<c10::Stream> packed_on_;
   const StoredAs kind_;
@@ -143,6 +162,11 @@ class BasicDecoded final : public Stored {
         source_(std::move(source)) {}
 
   c10::Storage storage() override { return source_->storage(); }
+  std::int64_t granule() override { return source_->granule(); }
+  at::Tensor piece(std::int64_t begin, std::int64_t end) override {
+    return source_->piece(begin, end);
+  }
+  at::Device device() const override { return source_->device(); }
   bool exact() const override { return true; }  // it decodes to the same values each time
   StoredAs kind() const override { return source_->kind(); }
 
