@@ -101,7 +101,9 @@ TEST_F(SparseGradients, AreNotMadeDense) {
     if (step == 2) meter.restart_peak();
     const std::int64_t before = meter.bytes().current;
     optimizer.step();
-    if (step == 2) EXPECT_LT(meter.bytes().peak - before, 1 << 16);
+    if (step == 2) {
+      EXPECT_LT(meter.bytes().peak - before, 1 << 16);
+    }
   }
 }
 TEST_F(SparseGradients, OtherLayoutsAreNamed) {
@@ -152,7 +154,9 @@ TEST_F(SparseGradients, AreReleasedClippedAndAccumulated) {
     fourfold::GradientRelease released(one, plain), reference(other, plain);
     for (int step = 0; step < 4; ++step) {
       released.backward(sparse.loss(step)), reference.backward(dense.loss(step));
-      if (options.micro_batches == 1) EXPECT_FALSE(sparse.words->weight.grad().defined());
+      if (options.micro_batches == 1) {
+        EXPECT_FALSE(sparse.words->weight.grad().defined());
+      }
     }
     expect_equal(sparse, dense);
   }

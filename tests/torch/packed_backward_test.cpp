@@ -286,8 +286,12 @@ TEST_F(PackedBackward, AnErrorInTheMiddleLeavesNoTensorHeld) {
   const Tensor held = g;
   for (int i = 0; i < 2; ++i) {
     saved_->throw_at = saved_->pieces + 2;
-    if (i == 0) EXPECT_THROW(at::gelu_backward(g, packed), std::runtime_error);
-    if (i == 1) EXPECT_THROW(g.t().mm(packed), std::runtime_error);
+    if (i == 0) {
+      EXPECT_THROW(at::gelu_backward(g, packed), std::runtime_error);
+    }
+    if (i == 1) {
+      EXPECT_THROW(g.t().mm(packed), std::runtime_error);
+    }
   }
   saved_->throw_at = 0;
   expect_equal(at::gelu_backward(g, packed), at::gelu_backward(g, plain(x)));
