@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
-/// Offload<>: what autograd saves goes to a file, and comes back for backward. Bit-equal.
+/// Offload<>: what autograd saves goes to a file, from a GPU to the host's pinned memory, and comes
+/// back for backward. Bit-equal.
 ///
 ///   #include <fourfold/activations/offload.hpp>
 ///   using Pipeline = CompressionPipeline<Recompute<CheapOps>, Offload<>>;
@@ -16,7 +17,8 @@
 /// codes; not what is computed again, has an exact code, is smaller than `min_bytes`, or is held by
 /// somebody anyway (parameters, a batch). The file has no name, so nothing is left of it whatever
 /// ends the process; a full disk costs no step, since what does not fit stays in memory (one
-/// warning). What is saved last is not written (offloader.hpp). CPU tensors alone so far.
+/// warning). What is saved last is not written (offloader.hpp). From a GPU, whose bytes_in_flight are
+/// its own, copies run beside the program, in both directions (detail/host_piece.hpp).
 ///
 /// Beside Budget<> it is one more choice for each storage: exact, no memory, at the time that
 /// writing and reading were measured to take. What a plan offloads is written before the forward
@@ -24,6 +26,7 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
+#include <fourfold/activations/detail/host_piece.hpp>
 #include <fourfold/activations/offloader.hpp>
 #include <fourfold/activations/offloading.hpp>
 #include <fourfold/core/payload.hpp>
@@ -62,7 +65,7 @@ class OffloadedPayload : public Payload {
 /// Codes, the larger of their buffers elsewhere.
 class OffloadedCodes final : public OffloadedPayload {
  public:
-  using Pieces = std::vector<std::shared_ptr<OffloadPiece>>;  // by buffer; null: in memory
+  using Pieces = std::vector<std::shared_ptr<HeldElsewhere>>;  // by buffer; null: in memory
   OffloadedCodes(std::shared_ptr<const Payload> rest, Pieces pieces)
       : rest_(std::move(rest)), pieces_(std::move(pieces)) {}
 
@@ -90,8 +93,11 @@ class OffloadedCodes final : public OffloadedPayload {
 /// Values as they are, elsewhere.
 class OffloadedValues final : public Payload {
  public:
-  OffloadedValues(std::shared_ptr<OffloadPiece> piece, const at::Tensor& values)
-      : piece_(std::move(piece)), sizes_(values.sizes().vec()), dtype_(values.scalar_type()) {}
+  OffloadedValues(std::shared_ptr<HeldElsewhere> piece, const at::Tensor& values)
+      : piece_(std::move(piece)),
+        sizes_(values.sizes().vec()),
+        dtype_(values.scalar_type()),
+        device_(values.device()) {}
 
   at::Tensor decompress() const override { return piece_->get().view(sizes_); }
   void decode(std::int64_t, std::int64_t, float*) const override { refuse(); }
@@ -99,7 +105,7 @@ class OffloadedValues final : public Payload {
   std::shared_ptr<const Payload> to(at::Device, at::ScalarType) const override { refuse(); }
   at::IntArrayRef sizes() const override { return sizes_; }
   at::ScalarType dtype() const override { return dtype_; }
-  at::Device device() const override { return at::kCPU; }
+  at::Device device() const override { return device_; }
   std::int64_t nbytes() const override { return 0; }
   std::string codec() const override { return "Offload"; }
   bool factorised() const override { return false; }
@@ -110,9 +116,10 @@ class OffloadedValues final : public Payload {
   [[noreturn]] void refuse() const {
     TORCH_CHECK(false, codec(), " holds values as they are; decompress() them first");
   }
-  const std::shared_ptr<OffloadPiece> piece_;
+  const std::shared_ptr<HeldElsewhere> piece_;
   const std::vector<std::int64_t> sizes_;
   const at::ScalarType dtype_;
+  const at::Device device_;
   const std::vector<at::Tensor> none_;
 };
 
@@ -121,15 +128,16 @@ class FileOffloading final : public Offloading {
   /// `planned`: a plan counts on the memory at once, so nothing waits in it or is read ahead, and
   /// codes stay.
   explicit FileOffloading(OffloadOptions options, bool planned = false)
-      : planned_(planned), offloader_(planned ? at_once(std::move(options)) : std::move(options)) {}
+      : planned_(planned),
+        offloader_(planned ? at_once(std::move(options)) : std::move(options)),
+        host_(offloader_.options().bytes_in_flight) {}
 
   std::shared_ptr<const Payload> offload(const at::Tensor& values,
                                          const at::Tensor& source) override {
     if (!goes(values)) return nullptr;
     const at::Tensor dense = values.contiguous();
     const bool own = dense.storage().is_alias_of(source.storage());
-    return std::make_shared<OffloadedValues>(offloader_.put(dense, own ? source : at::Tensor()),
-                                             dense);
+    return std::make_shared<OffloadedValues>(put(dense, own ? source : at::Tensor()), dense);
   }
   std::shared_ptr<const Payload> offload(std::shared_ptr<const Payload> codes) override {
     if (planned_) return codes;
@@ -138,7 +146,7 @@ class FileOffloading final : public Offloading {
     bool any = false;
     for (std::size_t i = 0; i < buffers.size(); ++i) {
       if (!goes(buffers[i]) || !buffers[i].is_contiguous() || buffers[i].dim() != 1) continue;
-      pieces[i] = offloader_.put(buffers[i]);
+      pieces[i] = put(buffers[i]);
       buffers[i] = at::empty({0}, buffers[i].options());
       any = true;
     }
@@ -163,15 +171,22 @@ class FileOffloading final : public Offloading {
   }
   void settle() noexcept override {
     try {
+      host_.settle();
       offloader_.settle();
     } catch (const std::exception&) {  // a warning that was made an error
     }
   }
   [[nodiscard]] OffloadCounts counts() const { return offloader_.counts(); }
+  /// Of what lay on a GPU.
+  [[nodiscard]] OffloadCounts host_counts() const { return host_.counts(); }
 
  private:
+  std::shared_ptr<HeldElsewhere> put(const at::Tensor& dense, const at::Tensor& source = {}) {
+    if (dense.is_cuda()) return host_.put(dense, source);
+    return offloader_.put(dense, source);
+  }
   [[nodiscard]] bool goes(const at::Tensor& values) const {
-    return values.is_cpu() && values.numel() > 0 &&
+    return (values.is_cpu() || values.is_cuda()) && values.numel() > 0 &&
            static_cast<std::int64_t>(values.nbytes()) >= offloader_.options().min_bytes;
   }
   static OffloadOptions at_once(OffloadOptions options) {
@@ -180,6 +195,7 @@ class FileOffloading final : public Offloading {
   }
   const bool planned_;
   Offloader offloader_;
+  HostOffloader host_;
 };
 
 }  // namespace detail

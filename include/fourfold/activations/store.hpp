@@ -44,6 +44,7 @@
 #include <fourfold/activations/detail/tape.hpp>
 #include <fourfold/activations/detail/tolerance.hpp>
 #include <fourfold/core/place.hpp>
+#include <fourfold/cuda/stream_order.hpp>
 #include <fourfold/torch/operators.hpp>
 #include <fourfold/torch/saved_tensors.hpp>
 
@@ -263,6 +264,8 @@ std::shared_ptr<door::Saved> BasicActivationStore<T>::hold(const at::Tensor& ten
     if (Stored lent = encoder_.borrowed(tensor, extent)) return as(lent, std::move(view));
   if (!active()) return keep(tensor);
   if (encoder_.stays(tensor, attached, tape)) return keep(tensor, tape);
+  // Autograd would hold it until backward; from here on the program may let it go at once.
+  cuda::used_on_current_stream(tensor.storage());
   const PlaceGuard place(Place::kActivations);
   const auto bytes = static_cast<std::int64_t>(tensor.nbytes());
   if (tensor.numel() < options_.min_numel || bytes < options_.min_bytes) {

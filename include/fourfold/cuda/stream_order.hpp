@@ -35,4 +35,12 @@ inline void read_on_current_stream(const c10::Storage& storage,
         .recordDataPtrOnStream(storage.data_ptr(), *now);
 }
 
+/// What the current stream was given reads `storage`, which may go before that is done. Costs nothing
+/// on the stream that it was allocated on.
+inline void used_on_current_stream(const c10::Storage& storage) {
+  if (!storage.device().is_cuda() || storage.data() == nullptr) return;
+  c10::impl::VirtualGuardImpl(storage.device_type())
+      .recordDataPtrOnStream(storage.data_ptr(), *current_stream(storage.device()));
+}
+
 }  // namespace fourfold::cuda

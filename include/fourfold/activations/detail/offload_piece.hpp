@@ -68,7 +68,15 @@ struct OffloadState {
   [[nodiscard]] bool must_write() const { return !to_write.empty() && 2 * pending > most; }
 };
 
-class OffloadPiece : public std::enable_shared_from_this<OffloadPiece> {
+/// Values that are elsewhere, and come back.
+class HeldElsewhere {
+ public:
+  virtual ~HeldElsewhere() = default;
+  [[nodiscard]] virtual at::Tensor get() = 0;  ///< flat
+  virtual void before_write() = 0;             ///< what it was put with is about to be written to
+};
+
+class OffloadPiece final : public HeldElsewhere, public std::enable_shared_from_this<OffloadPiece> {
  public:
   OffloadPiece(std::shared_ptr<OffloadState> state, at::Tensor values)
       : state_(std::move(state)),
@@ -76,7 +84,7 @@ class OffloadPiece : public std::enable_shared_from_this<OffloadPiece> {
         numel_(values_.numel()),
         bytes_(static_cast<std::int64_t>(values_.nbytes())),
         options_(values_.options()) {}
-  ~OffloadPiece() {
+  ~OffloadPiece() override {
     const std::lock_guard lock(state_->mutex);
     state_->pieces.erase(number_);
     if (where_ == Where::kWaiting) state_->pending -= bytes_;
@@ -88,7 +96,7 @@ class OffloadPiece : public std::enable_shared_from_this<OffloadPiece> {
   OffloadPiece& operator=(const OffloadPiece&) = delete;
 
   /// The values, flat. Where they still wait in memory, those that were put.
-  [[nodiscard]] at::Tensor get() {
+  [[nodiscard]] at::Tensor get() override {
     std::vector<std::shared_ptr<OffloadPiece>> touched;  // let go after the lock
     std::unique_lock lock(state_->mutex);
     state_->changed.wait(lock, [&] { return where_ != Where::kReading || state_->stopped; });
@@ -122,8 +130,7 @@ class OffloadPiece : public std::enable_shared_from_this<OffloadPiece> {
     return out;
   }
 
-  /// What it was put with is about to be written to.
-  void before_write() {
+  void before_write() override {
     std::unique_lock lock(state_->mutex);
     state_->changed.wait(lock, [&] { return where_ != Where::kWriting; });
     if (!values_.defined() || !counter_.enabled()) return;
