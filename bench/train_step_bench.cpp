@@ -7,6 +7,7 @@
 ///   train_step/<preset>/resnet50              ResNet-50, 8 images of 224 x 224
 ///   train_step/<preset>/bert_large            4 of BERT-large's 24 layers, 4 x 256 tokens
 #include <fourfold/fourfold.hpp>
+#include <fourfold/plan/by_sensitivity.hpp>
 #include <fourfold/presets_release.hpp>
 
 #include "../examples/models/bert.hpp"
@@ -111,7 +112,11 @@ int main(int argc, char** argv) {
   declare<fourfold::Exact>("exact");
   declare<fourfold::Balanced>("balanced");
   declare<fourfold::Smallest>("smallest");
-  using fourfold::Precision, fourfold::BFloat16;
+  using namespace fourfold;
+  declare<CompressionPipeline<ActivationsBySensitivity<4>, Recompute<>, OptimizerStates<Int8>>>(
+      "by_sensitivity");
+  declare<CompressionPipeline<ActivationsBySensitivity<4>, Recompute<>, Blocks<>,
+                              OptimizerStates<Int8>>>("by_sensitivity_blocks");
   declare<fourfold::CompressionPipeline<Precision<BFloat16>>>("bf16");
   declare<fourfold::BalancedRelease>("balanced_release");
   declare<fourfold::SmallestRelease>("smallest_release");
