@@ -9,6 +9,7 @@
 /// FOURFOLD_DEVICE=cuda in the environment measures on a GPU: device_peak_bytes is then what its caching
 /// allocator says, and the other bytes are the CPU's.
 #include <fourfold/fourfold.hpp>
+#include <fourfold/plan/by_sensitivity.hpp>
 #include <fourfold/presets_release.hpp>
 
 #include "../examples/models/bert.hpp"
@@ -129,7 +130,11 @@ int main(int argc, char** argv) {
   declare<fourfold::Exact>("exact");
   declare<fourfold::Balanced>("balanced");
   declare<fourfold::Smallest>("smallest");
-  using fourfold::Precision, fourfold::BFloat16;
+  using namespace fourfold;
+  declare<CompressionPipeline<ActivationsBySensitivity<4>, Recompute<>, OptimizerStates<Int8>>>(
+      "by_sensitivity");
+  declare<CompressionPipeline<ActivationsBySensitivity<4>, Recompute<>, Blocks<>,
+                              OptimizerStates<Int8>>>("by_sensitivity_blocks");
   declare<fourfold::CompressionPipeline<Precision<BFloat16>>>("bf16");
   declare<fourfold::BalancedRelease>("balanced_release");
   declare<fourfold::SmallestRelease>("smallest_release");

@@ -5,6 +5,7 @@
 #include <fourfold/fourfold.hpp>
 #include <fourfold/gradients/quantised.hpp>
 #include <fourfold/gradients/release.hpp>
+#include <fourfold/plan/by_sensitivity.hpp>
 #include <fourfold/precision.hpp>
 #include <fourfold/presets_release.hpp>
 
@@ -130,6 +131,14 @@ inline std::span<const Setting> settings() {
        make<LowWeights<Int8, optim::RoundStochastic>>},
       {"balanced", "the preset Balanced", 0.5, make<PipelineTrainer<Balanced>>},
       {"smallest", "the preset Smallest", 0.5, make<PipelineTrainer<Smallest>>},
+      {"by_sensitivity", "Balanced with 8, 4 or 2 bits by sensitivity, 4 on average", 0.5,
+       make<Training<ActivationsBySensitivity<4>, Recompute<>, OptimizerStates<Int8>>>},
+      {"by_sensitivity3",
+       "the same, 3 bits on average",
+       {},
+       make<Training<ActivationsBySensitivity<3>, Recompute<>, OptimizerStates<Int8>>>},
+      {"by_sensitivity_blocks", "Smallest with 8, 4 or 2 bits by sensitivity, 4 on average", 0.5,
+       make<Training<ActivationsBySensitivity<4>, Recompute<>, Blocks<>, OptimizerStates<Int8>>>},
       {"balanced_release", "the preset BalancedRelease", 0.5,
        make<PipelineTrainer<BalancedRelease>>},
       {"smallest_release", "the preset SmallestRelease", 0.5,

@@ -38,13 +38,26 @@ struct BottleneckImpl : torch::nn::Module {
 };
 TORCH_MODULE(Bottleneck);
 
+/// What comes before the blocks, as one module, so that a pipeline's Blocks<> has its input alone to
+/// hold: the images.
+struct StemImpl : torch::nn::Module {
+  explicit StemImpl(std::int64_t width) {
+    namespace nn = torch::nn;
+    layers = register_module(
+        "layers",
+        nn::Sequential(nn::Conv2d(nn::Conv2dOptions(3, width, 7).stride(2).padding(3).bias(false)),
+                       nn::BatchNorm2d(width), nn::ReLU(nn::ReLUOptions(/*inplace=*/true)),
+                       nn::MaxPool2d(nn::MaxPool2dOptions(3).stride(2).padding(1))));
+  }
+  torch::Tensor forward(const torch::Tensor& x) { return layers->forward(x); }
+  torch::nn::Sequential layers{nullptr};
+};
+TORCH_MODULE(Stem);
+
 /// (batch, 3, height, width) -> logits (batch, classes).
 inline torch::nn::Sequential resnet(const ResNetOptions& options = {}) {
   namespace nn = torch::nn;
-  nn::Sequential model(
-      nn::Conv2d(nn::Conv2dOptions(3, options.width, 7).stride(2).padding(3).bias(false)),
-      nn::BatchNorm2d(options.width), nn::ReLU(nn::ReLUOptions(/*inplace=*/true)),
-      nn::MaxPool2d(nn::MaxPool2dOptions(3).stride(2).padding(1)));
+  nn::Sequential model((Stem(options.width)));
   std::int64_t in = options.width;
   for (std::size_t stage = 0; stage < options.blocks.size(); ++stage)
     for (int block = 0; block < options.blocks[stage]; ++block) {

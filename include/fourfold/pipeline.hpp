@@ -21,6 +21,7 @@
 ///   OptimizerStates<Codec>    optim/optimizer_states.hpp   AdamW's moments packed
 /// and, by includes of their own,
 ///   Budget<>                  plan/budget.hpp              which of it is done, within a budget
+///   ActivationsBySensitivity<Bits>  plan/by_sensitivity.hpp  packed in 8, 4 or 2 bits, Bits on average
 ///   Offload<>                 activations/offload.hpp      what else is saved, in a file
 ///   Precision<BFloat16>       precision.hpp                forward under autocast
 ///   Gradients<Codec>          gradients/quantised.hpp      gradients passed through few bits
@@ -144,6 +145,8 @@ class CompressionPipeline {
   using PolicyOf = typename detail::PolicyOf<R, Policies...>::Type;
   template <Role R>
   static constexpr bool kHas = !std::is_void_v<PolicyOf<R>>;
+  /// Whether the bits of what is saved follow from the gradients.
+  static constexpr bool kChoosesBits = requires { &PolicyOf<Role::kActivations>::follow; };
 
  public:
   /// Whether backward is the step (the policy Release): then leave step() and zero_grad() out.
@@ -220,6 +223,9 @@ class CompressionPipeline {
       ledger.notes.push_back(
           "optimizer: what LibTorch's own optimizers hold is counted under \"other\"; take "
           "pipeline.optimizer(), or one of fourfold::optim, to see it apart");
+    if constexpr (kChoosesBits)
+      if (std::string bits = state_->store->plan()->explain(); !bits.empty())
+        ledger.notes.push_back(std::move(bits));
     if (const std::string why = explain(); !why.empty()) ledger.notes.push_back(why);
     return ledger;
   }
@@ -227,6 +233,10 @@ class CompressionPipeline {
   /// Each saved storage, how the budget's plan holds it and what that costs; what else could be had.
   [[nodiscard]] auto plan() const requires(kHas<Role::kBudget>) {
     return PolicyOf<Role::kBudget>::report(budgeted());
+  }
+  /// The bits that each saved storage is held in, and what they add to the gradients' variance.
+  [[nodiscard]] auto bits() const requires(kChoosesBits) {
+    return PolicyOf<Role::kActivations>::report(*state_->store->plan());
   }
   /// Another budget, from the next step on.
   void set_budget(std::int64_t bytes) requires(kHas<Role::kBudget>) {
@@ -325,6 +335,8 @@ class CompressionPipeline {
                     [](const auto& one) { return door::is_packed(one.second); }))
       options.payload_of = [](const at::Tensor& dense) { return door::payload_of_dense(dense); };
     if constexpr (kHas<Role::kActivations>) PolicyOf<Role::kActivations>::configure(options);
+    if constexpr (kChoosesBits)
+      PolicyOf<Role::kActivations>::follow(*options.plan, state_->trainable);
     if constexpr (kHas<Role::kRecompute>)
       options.recompute = operator_names<typename PolicyOf<Role::kRecompute>::Operators>();
     state_->store = ActivationStore::make(std::move(options));

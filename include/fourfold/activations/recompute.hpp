@@ -8,6 +8,9 @@
 /// and gradients are equal to the bit. With Activations<Codec> beside it, it runs on what the codec
 /// gives back.
 ///
+/// In-place forms of these operators (relu_, add_ after a batch norm) run again in the same way, on a
+/// copy of their own. At most `recompute_depth` operators run one after the other for one tensor.
+///
 /// An input that is written to in place inside the scope is no trouble: what depends on it is
 /// computed before. Outside of the scope that is LibTorch's error at backward. A result that the
 /// program writes to by a raw pointer (data_ptr, accessor) cannot be seen: keep such operators out.

@@ -9,7 +9,9 @@
 
 #include <cstdint>
 #include <memory>
+#include <string>
 #include <string_view>
+#include <vector>
 
 namespace fourfold::inline v0 {
 
@@ -45,12 +47,27 @@ class StoredWatch {
   virtual void released(std::uint32_t item) noexcept = 0;
 };
 
+/// An operator of a forward that saved what is rounded, when it has run.
+struct SavingOperator {
+  struct Saved {
+    std::uint32_t item = 0;                ///< as the watch knows it
+    std::vector<std::uint32_t> rounded{};  ///< items that its values come from, itself among them
+  };
+  std::uint64_t forward = 0;
+  std::string_view name{};               ///< "aten::addmm"
+  bool multiplies = false;               ///< a matrix product or a convolution
+  at::ArrayRef<at::Tensor> arguments{};  ///< its tensors
+  const at::Tensor* result = nullptr;    ///< its first, in the graph
+  at::ArrayRef<Saved> saved{};
+};
+
 class SavedPlan {
  public:
   struct Choice {
     bool keep = false;            ///< as it is
     bool offload = false;         ///< as it is, but not in memory
     PackFunction pack = nullptr;  ///< where it is packed and not sensitive; null: by `pack`
+    bool even_sensitive = false;  ///< `pack` holds for what is sensitive, too
     std::shared_ptr<StoredWatch> watch{};  ///< may be null
     std::uint32_t item = 0;                ///< what the watch knows it by
   };
@@ -61,6 +78,15 @@ class SavedPlan {
   virtual void forward_ended(std::uint64_t forward) noexcept = 0;
   /// An error that it throws ends the forward.
   [[nodiscard]] virtual Choice choose(const SavedStorage& storage) = 0;
+
+  /// Whether it is to be told of the operators of a forward that has begun, and of them.
+  [[nodiscard]] virtual bool listens(std::uint64_t forward) const {
+    static_cast<void>(forward);
+    return false;
+  }
+  virtual void ran(const SavingOperator& one) { static_cast<void>(one); }
+  /// What a report says of it, if anything.
+  [[nodiscard]] virtual std::string explain() const { return {}; }
 };
 
 }  // namespace fourfold::inline v0

@@ -143,12 +143,16 @@ struct BasicActivationStore<T>::Active {
     const bool in_backward = torch::autograd::get_current_graph_task_id() != -1;
     scope.emplace(*tape, in_backward);
     planned = store->options_.plan != nullptr && !in_backward;
-    if (planned) store->options_.plan->forward_began(forward);
+    if (!planned) return;
+    SavedPlan& plan = *store->options_.plan;
+    plan.forward_began(forward);
+    if (plan.listens(forward)) tape->told_to(&plan);
   }
   ~Active() {
     scope.reset();
     if (store->options_.offload != nullptr) store->options_.offload->settle();
     if (planned) store->options_.plan->forward_ended(tape->forward());
+    tape->told_to(nullptr);
     tape->clear();
     const std::lock_guard lock(store->mutex_);
     store->tapes_.push_back(std::move(tape));
@@ -252,6 +256,7 @@ std::shared_ptr<door::Saved> BasicActivationStore<T>::hold(const at::Tensor& ten
   const bool exact = tolerance == detail::Tolerance::kExact;
   if (Stored found = index_->find(key, version, view.dtype, extent);
       found != nullptr && (!exact || found->exact())) {
+    if (tape != nullptr) tape->note_saved(found);
     if (found->kind() != StoredAs::kKept) return as(found, std::move(view));
     if (tape != nullptr && tape->frame() != nullptr)
       static_cast<detail::Kept&>(*found).note_saver(tape->frame()->time);
@@ -286,6 +291,7 @@ std::shared_ptr<door::Saved> BasicActivationStore<T>::hold(const at::Tensor& ten
                                          : encoder_.encode(tensor, extent, pack, tape, may_offload);
   if (stored == nullptr) return keep(tensor, tape, /*written=*/true, choice);
   if (choice.watch != nullptr) stored->watch(std::move(choice.watch), choice.item);
+  if (tape != nullptr) tape->note_saved(stored);
   return as(stored, std::move(view));
 }
 

@@ -37,7 +37,7 @@ SavedPlan::Choice ask_plan(SavedPlan& plan, const at::Tensor& tensor, bool sensi
     saved.made = true, saved.producer = saved.saver;
   }
   SavedPlan::Choice choice = plan.choose(saved);
-  if (saved.sensitive) choice.pack = nullptr;
+  if (saved.sensitive && !choice.even_sensitive) choice.pack = nullptr;
   return choice;
 }
 

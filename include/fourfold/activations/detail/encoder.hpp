@@ -131,7 +131,8 @@ class BasicEncoder {
     const bool reads_sign =
         frame != nullptr && (frame->traits->reads_nonzero || frame->traits->reads_positive);
     // Without a codec only where the values themselves, a relu's result, can be computed again.
-    if (reads_sign && (pack != nullptr || (result && frame->traits->cheap)))
+    if (reads_sign && (pack != nullptr || (result && frame->traits->cheap) ||
+                       repeats_in_place(*tape, *frame, options_.recompute_depth)))
       if (std::shared_ptr<Stored> stored = sign(tensor, extent, frame->traits->reads_positive))
         return stored;
     const bool gated = frame != nullptr && frame->traits->gate != OperatorTraits::Gate::kNone;

@@ -18,6 +18,7 @@ struct BasicOperatorTraits {
   std::size_t arguments = 0, results = 0;
   std::vector<std::size_t> written;  ///< arguments that it writes to, by its schema
   bool cheap = false;                ///< may run again in place of keeping its result
+  bool cheap_in_place = false;       ///< the same of relu_, add_, ...: on a copy
   bool casts = false;                ///< its arithmetic depends on autocast
   bool assembles = false;            ///< its result is filled by later writes (empty, zeros, ...)
   bool draws_two_values = false;     ///< bernoulli_
@@ -51,6 +52,10 @@ struct BasicOperatorTraits {
     }
     const std::string_view name = this->name.substr(6);
     cheap = allowed(op, name, cheap_names);
+    if (name.ends_with('_') && results == 1 && written == std::vector<std::size_t>{0})
+      cheap_in_place =
+          repeats(op) && (listed(name.substr(0, name.size() - 1), cheap_names) ||
+                          listed(this->name.substr(0, this->name.size() - 1), cheap_names));
     casts = op.hasKernelForDispatchKey(c10::DispatchKey::CompositeImplicitAutograd) ||
             op.hasKernelForDispatchKey(c10::DispatchKey::AutocastCPU) ||
             op.hasKernelForDispatchKey(c10::DispatchKey::AutocastCUDA);
@@ -60,9 +65,9 @@ struct BasicOperatorTraits {
     scales_in_place = name == "mul_" || name == "div_";
     batch_norm = name == "native_batch_norm";
     copies = name == "_to_copy" || name == "clone";
-    sensitive = one_of(name, {"_softmax", "_log_softmax", "logsumexp", "logaddexp"}) ||
-                name.find("attention_forward") != name.npos ||
-                name.starts_with("_scaled_dot_product");
+    sensitive =
+        one_of(name, {"_softmax", "_safe_softmax", "_log_softmax", "logsumexp", "logaddexp"}) ||
+        name.find("attention_forward") != name.npos || name.starts_with("_scaled_dot_product");
     adds = one_of(
         name, {"addmm", "addmm_", "baddbmm", "baddbmm_", "addbmm", "addmv", "_addmm_activation"});
     multiplies = adds || one_of(name, {"mm", "bmm", "mv", "dot", "_trilinear", "convolution"});
@@ -107,12 +112,16 @@ struct BasicOperatorTraits {
   /// Named, without an argument that it writes to, and the same each time it runs.
   bool allowed(const c10::OperatorHandle& op, std::string_view name,
                const std::vector<std::string_view>& names) const {
-    if (!written.empty() || op.hasTag(at::Tag::nondeterministic_seeded)) return false;
+    if (!written.empty() || !repeats(op)) return false;
     for (const c10::Argument& result : op.schema().returns())
       if (result.alias_info() != nullptr) return false;  // a view
-    for (std::string_view one : names)
-      if (one == name || one == op.schema().name()) return true;
-    return false;
+    return listed(name, names) || listed(op.schema().name(), names);
+  }
+  static bool repeats(const c10::OperatorHandle& op) {
+    return !op.hasTag(at::Tag::nondeterministic_seeded);
+  }
+  static bool listed(std::string_view name, const std::vector<std::string_view>& names) {
+    return std::find(names.begin(), names.end(), name) != names.end();
   }
 };
 using OperatorTraits = BasicOperatorTraits<>;

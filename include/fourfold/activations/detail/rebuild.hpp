@@ -18,6 +18,10 @@ inline constexpr std::int64_t kMostBytesCloned = 1 << 16;  ///< of an input that
 template <class = void>
 std::shared_ptr<Stored> rebuild(const Tape& tape, const Tape::Origin& origin, std::int64_t version,
                                 int depth);
+template <class = void>
+std::shared_ptr<Rebuilt> rebuild_call(const Tape& tape, const WeakStorage& storage,
+                                      std::shared_ptr<const OperatorCall> call, std::size_t result,
+                                      int depth);
 
 /// Whether plain LibTorch would throw too, should the input be written to before backward and out
 /// of our sight: the operator saved its input itself, or the input's own operator did.
@@ -36,6 +40,13 @@ std::optional<Rebuilt::Input> rebuild_input(const Tape& tape, const OperatorCall
                                             const OperatorCall::Argument& argument, int depth) {
   if (!argument.tensor) return Rebuilt::Input{argument.constant, nullptr, {}};
   if (argument.numel == 0) return std::nullopt;
+  if (argument.previous != nullptr) {  // nobody else's, so that it may be written to
+    if (depth <= 1) return std::nullopt;
+    std::shared_ptr<Rebuilt> before = rebuild_call(tape, argument.storage, argument.previous,
+                                                   argument.previous_result, depth - 1);
+    if (before == nullptr) return std::nullopt;
+    return Rebuilt::Input{{}, std::move(before), argument.view};
+  }
   c10::StorageImpl* const key = argument.storage._unsafe_get_target();
   const Tape::Origin* origin = tape.origin(key);
   if (!argument.unchanged() || (origin != nullptr && origin->written > call.time))
@@ -43,7 +54,8 @@ std::optional<Rebuilt::Input> rebuild_input(const Tape& tape, const OperatorCall
   const Extent extent(argument.view);
   std::shared_ptr<Stored> held =
       tape.index()->find(key, argument.version, argument.view.dtype, extent);
-  if (held != nullptr && written_is_an_error(*held, call, argument, origin))
+  if (held != nullptr && Rebuilt::depth_of(*held) < depth &&
+      written_is_an_error(*held, call, argument, origin))
     return Rebuilt::Input{{}, std::move(held), argument.view};
   if (depth > 1 && origin != nullptr && origin->call != nullptr)
     if (std::shared_ptr<Stored> result = rebuild(tape, *origin, argument.version, depth - 1))
@@ -58,27 +70,46 @@ std::optional<Rebuilt::Input> rebuild_input(const Tape& tape, const OperatorCall
 template <class>
 std::shared_ptr<Stored> rebuild(const Tape& tape, const Tape::Origin& origin, std::int64_t version,
                                 int depth) {
-  const OperatorCall& call = *origin.call;
-  if (origin.result >= call.results.size()) return nullptr;
-  const OperatorCall::Result& result = call.results[origin.result];
-  if (!result.defined || result.version != version || origin.written > origin.time) return nullptr;
+  if (!origin.call->made(origin.result, version) || origin.written > origin.call->time)
+    return nullptr;
+  std::shared_ptr<Rebuilt> rebuilt =
+      rebuild_call(tape, origin.storage, origin.call, origin.result, depth);
+  if (rebuilt != nullptr) tape.index()->add(rebuilt);
+  return rebuilt;
+}
+
+/// The same of any call that wrote to `storage`; nobody else knows of it.
+template <class>
+std::shared_ptr<Rebuilt> rebuild_call(const Tape& tape, const WeakStorage& storage,
+                                      std::shared_ptr<const OperatorCall> call, std::size_t result,
+                                      int depth) {
   const std::int64_t bytes =
-      result.values * static_cast<std::int64_t>(c10::elementSize(result.view.dtype));
+      call->results[result].values *
+      static_cast<std::int64_t>(c10::elementSize(call->results[result].view.dtype));
   std::vector<Rebuilt::Input> inputs;
-  inputs.reserve(call.arguments.size());
+  inputs.reserve(call->arguments.size());
   std::int64_t cloned = 0;
-  for (const OperatorCall::Argument& argument : call.arguments) {
-    std::optional<Rebuilt::Input> input = rebuild_input(tape, call, argument, depth);
+  for (const OperatorCall::Argument& argument : call->arguments) {
+    std::optional<Rebuilt::Input> input = rebuild_input(tape, *call, argument, depth);
     if (!input) return nullptr;
     if (argument.tensor && input->stored == nullptr) cloned += argument.bytes;
     inputs.push_back(std::move(*input));
   }
   if (2 * cloned > bytes) return nullptr;
-  auto rebuilt = std::make_shared<Rebuilt>(tape.index()->use(origin.storage, bytes), origin.call,
-                                           origin.result, std::move(inputs));
+  auto rebuilt = std::make_shared<Rebuilt>(tape.index()->use(storage, bytes), std::move(call),
+                                           result, std::move(inputs));
   rebuilt->depend();
-  tape.index()->add(rebuilt);
   return rebuilt;
+}
+
+/// Whether what an in-place operator of one tensor writes just now can be computed again, exactly.
+template <class = void>
+bool repeats_in_place(const Tape& tape, const Tape::Frame& frame, int depth) {
+  if (!frame.traits->cheap_in_place || frame.call == nullptr || depth <= 1) return false;
+  const OperatorCall::Argument& argument = frame.call->arguments.front();
+  const std::shared_ptr<Rebuilt> before =
+      rebuild_call(tape, argument.storage, argument.previous, argument.previous_result, depth - 1);
+  return before != nullptr && before->exact();
 }
 
 }  // namespace fourfold::inline v0::detail

@@ -33,6 +33,9 @@ struct OperatorCall {
     std::int64_t version = 0, numel = 0, bytes = 0;
     WeakStorage storage{c10::Storage().getWeakStorageImpl()};
     c10::VariableVersion counter;
+    /// Of what an in-place operator wrote to: who had made it before. Its storage holds it no more.
+    std::shared_ptr<const OperatorCall> previous;
+    std::size_t previous_result = 0;
 
     /// Whether the tensor is still what the operator read, as far as versions tell.
     [[nodiscard]] bool unchanged() const {
@@ -51,6 +54,12 @@ struct OperatorCall {
   std::vector<Argument> arguments;
   std::vector<Result> results;
   std::uint64_t time = 0;  ///< on the tape's clock, when it began
+  int writes = 0;          ///< how many calls before it wrote to what it writes to
+
+  /// Made this value, whole, as it was at this version; `result` of its results.
+  [[nodiscard]] bool made(std::size_t result, std::int64_t version) const {
+    return result < results.size() && results[result].defined && results[result].version == version;
+  }
 };
 
 /// What an operator reads when it runs again: values that are stored, or a constant.
@@ -115,6 +124,7 @@ class BasicRebuilt final : public Stored, public std::enable_shared_from_this<Ba
         result_(result),
         inputs_(std::move(inputs)) {
     for (const Input& input : inputs_) {
+      if (input.stored != nullptr) depth_ = std::max(depth_, 1 + depth_of(*input.stored));
       if (input.stored == nullptr) {
         if (input.constant.isTensor() && input.constant.toTensor().defined())
           cloned_ += static_cast<std::int64_t>(input.constant.toTensor().nbytes());
@@ -125,6 +135,12 @@ class BasicRebuilt final : public Stored, public std::enable_shared_from_this<Ba
     use_->index()->totals().held.add(cloned_);
   }
   ~BasicRebuilt() override { use_->index()->totals().held.add(-cloned_); }
+
+  /// How many operators run one after the other to compute it; 0: it is held.
+  [[nodiscard]] static int depth_of(const Stored& stored) {
+    return stored.kind() == StoredAs::kRebuilt ? static_cast<const BasicRebuilt&>(stored).depth_
+                                               : 0;
+  }
 
   /// To be told before what it is computed from is written to.
   void depend() {
@@ -160,6 +176,10 @@ class BasicRebuilt final : public Stored, public std::enable_shared_from_this<Ba
   bool exact() const override { return exact_; }
   StoredAs kind() const override { return StoredAs::kRebuilt; }
   std::int64_t own_bytes() const override { return cloned_; }
+  void add_rounded(std::vector<std::uint32_t>& items) const override {
+    for (const Input& input : inputs_)
+      if (input.stored != nullptr) input.stored->add_rounded(items);
+  }
 
   /// What it is computed from is about to be written to: computed now, and held.
   void before_input_write() override {
@@ -213,6 +233,7 @@ class BasicRebuilt final : public Stored, public std::enable_shared_from_this<Ba
   const std::size_t result_;
   std::vector<Input> inputs_;
   std::int64_t cloned_ = 0;
+  int depth_ = 1;
   bool exact_ = true;
   std::mutex mutex_;
   WeakStorage dense_{c10::Storage().getWeakStorageImpl()};

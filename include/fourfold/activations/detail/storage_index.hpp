@@ -16,6 +16,7 @@
 #include <cstdint>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <utility>
 #include <vector>
 
@@ -121,6 +122,12 @@ class BasicStored {
     watch_ = std::move(watch), item_ = item;
     watch_->held(item, kind(), own_bytes(), extent_.numel());
   }
+  /// What the watch knows it by; none: nobody watches.
+  [[nodiscard]] std::optional<std::uint32_t> item() const {
+    return watch_ != nullptr ? std::optional(item_) : std::nullopt;
+  }
+  /// The items of all that is rounded and that its values come from.
+  virtual void add_rounded(std::vector<std::uint32_t>& items) const { static_cast<void>(items); }
 
  protected:
   void note_decoding() const {

@@ -135,6 +135,9 @@ class BasicPacked final : public Stored, public std::enable_shared_from_this<Bas
   StoredAs kind() const override { return kind_; }
   std::int64_t own_bytes() const override { return bytes_; }
   void before_write() override { payload_->before_source_changes(); }
+  void add_rounded(std::vector<std::uint32_t>& items) const override {
+    if (kind_ == StoredAs::kPacked && this->item()) items.push_back(*this->item());
+  }
 
  private:
   void read_here() const {
@@ -169,6 +172,9 @@ class BasicDecoded final : public Stored {
   at::Device device() const override { return source_->device(); }
   bool exact() const override { return true; }  // it decodes to the same values each time
   StoredAs kind() const override { return source_->kind(); }
+  void add_rounded(std::vector<std::uint32_t>& items) const override {
+    source_->add_rounded(items);
+  }
 
  private:
   const std::shared_ptr<Stored> source_;

@@ -6,6 +6,7 @@
 #include <fourfold/activations/detail/operator_traits.hpp>
 #include <fourfold/activations/detail/rebuilt.hpp>
 #include <fourfold/activations/detail/stored.hpp>
+#include <fourfold/activations/saved_plan.hpp>
 #include <fourfold/core/pointer_map.hpp>
 #include <fourfold/torch/operators.hpp>
 
@@ -63,6 +64,7 @@ class BasicTape final : public door::OperatorObserver {
     c10::SmallVector<std::pair<c10::StorageImpl*, std::int64_t>, 2> written;  ///< version before
     std::shared_ptr<OperatorCall> call;
     std::vector<at::IValue> arguments;  ///< of operators whose exact code depends on them
+    std::vector<std::shared_ptr<const Stored>> saved;  ///< if somebody listens
 
     [[nodiscard]] const at::Tensor* argument(c10::StorageImpl* key) const {
       for (const at::Tensor& tensor : tensors)
@@ -91,9 +93,12 @@ class BasicTape final : public door::OperatorObserver {
       for (const at::IValue& value : arguments) collect(value, frame.tensors);
       if (traits.pools > 0 || traits.powers || traits.gate != OperatorTraits::Gate::kNone)
         frame.arguments = arguments.vec();
+      const bool repeats = (traits.cheap || traits.cheap_in_place) && at::GradMode::is_enabled() &&
+                           !(traits.casts && autocasting());
+      if (repeats) frame.call = record(op, traits, arguments, frame.time);
+      if (frame.call != nullptr && traits.cheap_in_place && !note_previous(*frame.call))
+        frame.call = nullptr;
       for (std::size_t i : traits.written) note_write(frame, arguments[i]);
-      if (traits.cheap && at::GradMode::is_enabled() && !(traits.casts && autocasting()))
-        frame.call = record(op, traits, arguments, frame.time);
     } catch (...) {
       pop();
       throw;
@@ -111,7 +116,11 @@ class BasicTape final : public door::OperatorObserver {
       const at::Tensor& tensor = results[i].toTensor();
       if (!is_plain(tensor)) continue;
       c10::StorageImpl* const key = tensor.storage().unsafeGetStorageImpl();
-      if (frame.argument(key) != nullptr) continue;  // a view, or written in place
+      if (frame.argument(key) != nullptr) {  // a view, or written in place
+        if (frame.traits->cheap_in_place && frame.call != nullptr)
+          note_result(frame, i, tensor, origin_of(tensor.storage()));
+        continue;
+      }
       Origin& origin = origin_of(tensor.storage());
       fresh = true;
       if (origin.time > frame.time) continue;  // an operator within this one knows better
@@ -126,6 +135,7 @@ class BasicTape final : public door::OperatorObserver {
       for (const at::IValue& value : results)
         if (value.isTensor() && is_plain(value.toTensor()))
           index_->mark_exact(value.toTensor().storage());
+    if (!frame.saved.empty()) tell(frame, results);
     pop();
   }
   void failed() noexcept override { pop(); }
@@ -138,6 +148,12 @@ class BasicTape final : public door::OperatorObserver {
     storages_ = operators_ = 0;
   }
   [[nodiscard]] std::uint64_t forward() const { return forward_; }
+  /// From now on `plan` is told of operators that save; null: nobody is.
+  void told_to(SavedPlan* plan) { plan_ = plan; }
+  /// The operator that runs just now saved it.
+  void note_saved(const std::shared_ptr<Stored>& stored) {
+    if (plan_ != nullptr && depth_ > 0) frames_[depth_ - 1]->saved.push_back(stored);
+  }
   [[nodiscard]] std::uint64_t next_storage() { return storages_++; }
   void clear() {
     origins_.clear();
@@ -162,6 +178,8 @@ class BasicTape final : public door::OperatorObserver {
   }
 
  private:
+  static constexpr int kMostWrites = 8;  ///< in place, to one result, that are run again
+
   static at::ArrayRef<at::IValue> last(const c10::Stack& stack, std::size_t count) {
     return at::ArrayRef<at::IValue>(stack).slice(stack.size() - count, count);
   }
@@ -231,6 +249,20 @@ class BasicTape final : public door::OperatorObserver {
     return call;
   }
 
+  /// Of an in-place operator's call: who made what it is about to write to, which can be had again
+  /// in no other way. False where nobody knows.
+  bool note_previous(OperatorCall& call) const {
+    OperatorCall::Argument& argument = call.arguments.front();
+    if (!argument.tensor) return false;
+    const Origin* const known = origin(argument.storage._unsafe_get_target());
+    if (known == nullptr || known->call == nullptr || known->written > known->call->time ||
+        !known->call->made(known->result, argument.version) || known->call->writes >= kMostWrites)
+      return false;
+    call.writes = known->call->writes + 1;
+    argument.previous = known->call, argument.previous_result = known->result;
+    return true;
+  }
+
   static void note_result(Frame& frame, std::size_t index, const at::Tensor& tensor,
                           Origin& origin) {
     OperatorCall& call = *frame.call;
@@ -270,6 +302,22 @@ class BasicTape final : public door::OperatorObserver {
     return known != nullptr ? *known : traits_.put(&op.schema(), OperatorTraits(op, cheap_));
   }
 
+  void tell(const Frame& frame, at::ArrayRef<at::IValue> results) const {
+    if (plan_ == nullptr || results.empty() || !results.front().isTensor()) return;
+    std::vector<SavingOperator::Saved> saved;
+    for (const std::shared_ptr<const Stored>& one : frame.saved) {
+      if (!one->item()) continue;
+      saved.push_back({.item = *one->item()});
+      one->add_rounded(saved.back().rounded);
+    }
+    plan_->ran({.forward = forward_,
+                .name = frame.traits->name,
+                .multiplies = frame.traits->multiplies,
+                .arguments = frame.tensors,
+                .result = &results.front().toTensor(),
+                .saved = saved});
+  }
+
   Frame& push() {
     if (depth_ == frames_.size()) frames_.emplace_back(std::make_unique<Frame>());
     return *frames_[depth_++];
@@ -279,6 +327,7 @@ class BasicTape final : public door::OperatorObserver {
     frame.tensors.clear();
     frame.written.clear();
     frame.arguments.clear();
+    frame.saved.clear();
     frame.call = nullptr;
   }
 
@@ -290,6 +339,7 @@ class BasicTape final : public door::OperatorObserver {
   std::vector<std::unique_ptr<Frame>> frames_;
   std::size_t depth_ = 0;
   std::uint64_t forward_ = 0, storages_ = 0, operators_ = 0;
+  SavedPlan* plan_ = nullptr;
 };
 using Tape = BasicTape<>;
 
