@@ -448,12 +448,13 @@ TEST(BySensitivity, ShapesThatChangeAndForwardsWithoutBackwardAreNoTrouble) {
     auto loss = pipeline.forward(
         [&, x = x, y = y] { return task.loss(x.narrow(0, 0, rows), y.narrow(0, 0, rows)); });
     if (i % 5 != 4) loss.backward();
-    if (i % 7 == 6)
+    if (i % 7 == 6) {
       EXPECT_THROW(static_cast<void>(pipeline.forward([&]() -> torch::Tensor {
-                     auto h = task.layers->forward(x * 1);
+        auto h = task.layers->forward(x * 1);
+    }
                      TORCH_CHECK(false, "in the middle of forward");
                      return h;
-                   })),
+    })),
                    c10::Error);
   }
   EXPECT_FALSE(pipeline.bits().rows.empty());
