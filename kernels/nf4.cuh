@@ -22,7 +22,7 @@ __global__ __launch_bounds__(kThreads) void nf4_compress_kernel(
     float* __restrict__ scales,        // (ceil(n / 64)); read where given, else written
     const T* __restrict__ x,           // (n)
     std::int64_t n, PhiloxStream stream) {
-  constexpr Nf4Tables kTables;
+  static constexpr Nf4Tables kTables;
   constexpr int kLanes = kNf4Block / 8, kBlocks = kThreads / kLanes;
   const std::int64_t blocks = ceil_div(n, kNf4Block), stride = std::int64_t{gridDim.x} * kBlocks;
   const int lane = static_cast<int>(threadIdx.x) % kLanes;
@@ -76,7 +76,7 @@ __global__ __launch_bounds__(kThreads) void nf4_decompress_kernel(
     const std::uint8_t* __restrict__ codes,  // (ceil(n / 2))
     const float* __restrict__ scales,        // (ceil(n / 64))
     std::int64_t n) {
-  constexpr Nf4Tables kTables;
+  static constexpr Nf4Tables kTables;
   const std::int64_t stride = std::int64_t{gridDim.x} * kThreads * 8;
   for (std::int64_t at = (std::int64_t{blockIdx.x} * kThreads + threadIdx.x) * 8; at < n;
        at += stride) {
@@ -97,7 +97,7 @@ struct Nf4Source {
   const float* scales;
 
   __device__ float value(std::int64_t i) const {
-    constexpr Nf4Tables kTables;
+    static constexpr Nf4Tables kTables;
     return kTables.levels[codes[i / 2] >> (4 * (i % 2)) & 15] * scales[i / kNf4Block];
   }
   __device__ void values8(float (&out)[8], std::int64_t i, int count) const {
