@@ -38,7 +38,7 @@ TEST(MappedFile, ValuesAreTheSameAndMayBeWritten) {
     held.add_(1);
     file.done_with(held);
     EXPECT_TRUE(torch::equal(held, values + 1)) << dtype;
-    file.will_need(held);
+    file.drop_cache(), file.will_need(held), file.need(held);
     EXPECT_TRUE(torch::equal(held, values + 1)) << dtype;
     EXPECT_TRUE(file.hold(held).is_same(held));
   }
@@ -77,7 +77,7 @@ TEST(MappedFile, WhatIsNotItsOwnIsLeftAlone) {
   const at::Tensor large = torch::ones({1 << 20});
   EXPECT_TRUE(file.hold(small).is_same(small));
   EXPECT_TRUE(file.hold(strided).is_same(strided));
-  file.done_with(small), file.done_with(large), file.will_need(large);
+  file.done_with(small), file.done_with(large), file.will_need(large), file.need(large);
   EXPECT_TRUE(large.eq(1).all().item<bool>());
   EXPECT_EQ(file.held_bytes(), 0);
 }

@@ -18,7 +18,9 @@ class BufferHolder {
   [[nodiscard]] virtual at::Tensor hold(const at::Tensor& values) = 0;
   /// `held` will be used soon: returns at once. Here and below, nothing for other tensors.
   virtual void will_need(const at::Tensor& held) noexcept = 0;
-  /// `held` is not used until will_need(), or is slower to use: its memory may go.
+  /// `held` is used now, all of it: quicker in one piece.
+  virtual void need(const at::Tensor& held) noexcept = 0;
+  /// `held` is not used for a while: its memory may go.
   virtual void done_with(const at::Tensor& held) noexcept = 0;
 
   /// Of a parameter that is not on the CPU, where its held states are: copies of it and of its

@@ -30,6 +30,7 @@ class BasicHostMemory : public BufferHolder {
  public:
   at::Tensor hold(const at::Tensor& values) override { return values; }
   void will_need(const at::Tensor&) noexcept override {}
+  void need(const at::Tensor&) noexcept override {}
   void done_with(const at::Tensor&) noexcept override {}
 
   void will_copy(const at::Tensor& parameter) override {

@@ -60,17 +60,10 @@ class BasicMappedFile final : public HostMemory {
     std::memcpy(range.at, values.const_data_ptr(), values.nbytes());
     return held;
   }
-  void will_need(const at::Tensor& held) noexcept override {
-    const Range range = state_->find(held);
-    if (range.bytes > 0) ::madvise(range.at, static_cast<std::size_t>(range.bytes), MADV_WILLNEED);
-  }
-  /// The pages stay in the system's cache as long as it has room.
-  void done_with(const at::Tensor& held) noexcept override {
-    const Range range = state_->find(held);
-    if (range.bytes == 0) return;
-    ::madvise(range.at, static_cast<std::size_t>(range.bytes), MADV_DONTNEED);
-    state_->file.write_back(range.bytes, range.offset);
-  }
+  void will_need(const at::Tensor& held) noexcept override { advise(held, MADV_WILLNEED); }
+  void need(const at::Tensor& held) noexcept override { advise(held, kPopulateWrite); }
+  /// The pages stay in the system's cache as long as it has room, and are written when it likes.
+  void done_with(const at::Tensor& held) noexcept override { advise(held, MADV_DONTNEED); }
 
   /// Bytes of the tensors that are held now, in whole pages.
   [[nodiscard]] std::int64_t held_bytes() const {
@@ -82,6 +75,14 @@ class BasicMappedFile final : public HostMemory {
   void drop_cache() { state_->file.drop_cache(); }
 
  private:
+  static constexpr int kPopulateWrite =
+      23;  // of Linux 5.14; an error before, and pages come singly
+
+  void advise(const at::Tensor& held, int advice) noexcept {
+    const Range range = state_->find(held);
+    if (range.bytes > 0) ::madvise(range.at, static_cast<std::size_t>(range.bytes), advice);
+  }
+
   struct Range {
     void* at = nullptr;
     std::int64_t bytes = 0, offset = 0;

@@ -106,10 +106,6 @@ class UnnamedFile {
                             MAP_SHARED, file_, offset);
     return at == MAP_FAILED ? nullptr : at;
   }
-  /// Begins to write what was changed through map().
-  void write_back(std::int64_t bytes, std::int64_t offset) noexcept {
-    ::sync_file_range(file_, offset, bytes, SYNC_FILE_RANGE_WRITE);
-  }
   /// Writes everything out and has the system forget what it has of the file, as far as it can.
   void drop_cache() noexcept {
     ::fdatasync(file_);

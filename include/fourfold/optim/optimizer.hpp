@@ -293,6 +293,7 @@ void Optimizer<R, M, V, W>::read_ahead(const at::Tensor& p, State& state) {
   last_ = key;
   if (State* next = detail::find_state<State>(state_, state.next))
     next->for_each_buffer([&](const at::Tensor& buffer) { states_.offload->will_need(buffer); });
+  state.for_each_buffer([&](const at::Tensor& buffer) { states_.offload->need(buffer); });
 }
 
 template <UpdateRule R, class M, class V, class W>
