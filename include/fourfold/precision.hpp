@@ -123,22 +123,39 @@ struct Precision {
 
   /// Converts what `model` holds in T.
   static void convert(torch::nn::Module& model) {
-    if constexpr (std::is_same_v<Held, NoWeights>) return;
-    std::vector<std::pair<std::string, at::Tensor>> chosen;
-    std::vector<at::Tensor> kept;  // a weight tied to an embedding's is the embedding's
-    choose(model, "", chosen, kept);
-    std::erase_if(chosen, [&](const auto& one) {
-      return std::any_of(kept.begin(), kept.end(),
-                         [&](const at::Tensor& p) { return p.is_same(one.second); });
-    });
+    auto chosen = held(model);
     for (const auto& [name, p] : chosen)
       TORCH_CHECK(!p.grad().defined(), "Precision<> holds weights in ", kType, ", but '", name,
                   "' has a gradient of ", p.scalar_type(),
                   " already; make the pipeline before the first backward, or call zero_grad()");
     for (auto& [name, p] : chosen) p.set_data(p.detach().to(kType));
   }
+  /// Of the weights' bytes, by convert().
+  [[nodiscard]] static std::int64_t bytes_saved(const torch::nn::Module& model) {
+    std::vector<const void*> counted;  // of a parameter that is tied once
+    std::int64_t bytes = 0;
+    for (const auto& [name, p] : held(model)) {
+      if (std::find(counted.begin(), counted.end(), p.unsafeGetTensorImpl()) != counted.end())
+        continue;
+      counted.push_back(p.unsafeGetTensorImpl());
+      bytes += p.numel() * static_cast<std::int64_t>(p.element_size() - sizeof(T));
+    }
+    return bytes;
+  }
 
  private:
+  [[nodiscard]] static std::vector<std::pair<std::string, at::Tensor>> held(
+      const torch::nn::Module& model) {
+    std::vector<std::pair<std::string, at::Tensor>> chosen;
+    if constexpr (std::is_same_v<Held, NoWeights>) return chosen;
+    std::vector<at::Tensor> kept;  // a weight tied to an embedding's is the embedding's
+    choose(model, "", chosen, kept);
+    std::erase_if(chosen, [&](const auto& one) {
+      return std::any_of(kept.begin(), kept.end(),
+                         [&](const at::Tensor& p) { return p.is_same(one.second); });
+    });
+    return chosen;
+  }
   static void choose(const torch::nn::Module& module, const std::string& prefix,
                      std::vector<std::pair<std::string, at::Tensor>>& chosen,
                      std::vector<at::Tensor>& kept) {

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <fourfold/pipeline.hpp>
 #include <fourfold/plan/budget.hpp>
+#include <fourfold/precision.hpp>
 
 #include "../pipeline/models.hpp"
 #include "../support/message_of.hpp"
@@ -227,6 +228,24 @@ TEST(Budget, ErrorsSayWhatCameAndWhatIsWanted) {
               HasSubstr("made without a budget, so there is no plan"));
   Planned pipeline(*model.module, {.budget = 64_MiB});
   EXPECT_THAT(message_of([&] { pipeline.set_budget(-1); }), HasSubstr("got a budget of -1 bytes"));
+}
+
+TEST(Budget, WeightsCountAsTheyWillBeHeld) {
+  using fourfold::AllWeights, fourfold::BFloat16, fourfold::Precision;
+  using Whole = CompressionPipeline<Precision<BFloat16>, Recompute<CheapOps>, Budget<>>;
+  using Halved = CompressionPipeline<Precision<BFloat16, AllWeights>, Recompute<CheapOps>, Budget<>>;
+  nn::Linear shared(512, 512);
+  nn::Sequential net(nn::Linear(512, 512), shared, shared);  // tied: counted once, halved once
+  const std::int64_t bytes = 2 * (512 * 512 + 512) * 4;
+  const auto refused = HasSubstr("the model's trainable parameters alone are " +
+                                 std::to_string(bytes) + "; give more");
+  const PlanOptions between{.budget = bytes * 3 / 4};
+  EXPECT_THAT(message_of([&] { const Whole pipeline(*net, between); }), refused);
+  EXPECT_THAT(message_of([&] { const Halved pipeline(*net, {.budget = bytes / 2}); }),
+              HasSubstr("parameters alone are " + std::to_string(bytes / 2)));
+  EXPECT_EQ(shared->weight.scalar_type(), torch::kFloat) << "a refusal changes nothing";
+  const Halved pipeline(*net, between);
+  EXPECT_EQ(shared->weight.scalar_type(), torch::kBFloat16);
 }
 
 TEST(Budget, BelowTheLeastIsRefusedAndTheLeastIsNamed) {

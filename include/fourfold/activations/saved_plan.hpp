@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <memory>
 #include <string_view>
+#include <vector>
 
 namespace fourfold::inline v0 {
 
@@ -29,6 +30,7 @@ struct SavedStorage {
   std::string_view saver{};     ///< the operator that saves it
   std::int64_t bytes = 0;       ///< of the whole storage
   bool sensitive = false;       ///< held by `pack_sensitive`, if it is packed
+  bool packable = false;        ///< a codec would hold it, were there no other way
   const at::Tensor* values = nullptr;  ///< what is saved of it
 };
 
@@ -41,14 +43,24 @@ class StoredWatch {
   /// Its values are about to be made again, and were: `dense` is the copy.
   virtual void decoding(std::uint32_t item) noexcept = 0;
   virtual void decoded(std::uint32_t item, const c10::Storage& dense) noexcept = 0;
+  /// Another operator saves the same values.
+  virtual void again(std::uint32_t) noexcept {}
   /// Nothing holds it any more.
   virtual void released(std::uint32_t item) noexcept = 0;
+};
+
+/// What becomes of a block (blocks.hpp).
+struct BlockChoice {
+  bool recompute = false;
+  bool reference = false;         ///< CheckpointOptions::reference_recomputed
+  std::shared_ptr<void> token{};  ///< to live as long as backward may need the block
 };
 
 class SavedPlan {
  public:
   struct Choice {
     bool keep = false;            ///< as it is
+    bool code = false;            ///< packed, also where it could be computed again
     bool offload = false;         ///< as it is, but not in memory
     PackFunction pack = nullptr;  ///< where it is packed and not sensitive; null: by `pack`
     std::shared_ptr<StoredWatch> watch{};  ///< may be null
@@ -61,6 +73,22 @@ class SavedPlan {
   virtual void forward_ended(std::uint64_t forward) noexcept = 0;
   /// An error that it throws ends the forward.
   [[nodiscard]] virtual Choice choose(const SavedStorage& storage) = 0;
+  /// A block begins; `inputs` are those that a checkpoint of it would ask about. Blocks are no
+  /// others' parts: between these two calls none of the same forward begins.
+  [[nodiscard]] virtual BlockChoice block_began(std::uint64_t forward,
+                                                const std::vector<SavedStorage>& inputs) {
+    static_cast<void>(forward), static_cast<void>(inputs);
+    return {.recompute = true};
+  }
+  virtual void block_ended(std::uint64_t) noexcept {}
+};
+
+/// Whom block() asks, where it is not always recomputed (detail/planned_blocks.hpp).
+class BlockPlan {
+ public:
+  virtual ~BlockPlan() = default;
+  [[nodiscard]] virtual BlockChoice began(const std::vector<at::Tensor>& inputs) = 0;
+  virtual void ended() noexcept = 0;
 };
 
 }  // namespace fourfold::inline v0

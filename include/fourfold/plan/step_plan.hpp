@@ -4,6 +4,7 @@
 /// that were predicted are from those that were measured.
 #include <fourfold/plan/knapsack.hpp>
 #include <fourfold/plan/record.hpp>
+#include <fourfold/plan/step_problem.hpp>
 
 #include <algorithm>
 #include <cstddef>
@@ -18,6 +19,8 @@ namespace fourfold::inline v0::plan {
 
 class StepPlan {
  public:
+  static constexpr int kCurve = 20;  ///< points of the trade-off
+
   /// `gradients`: that are there when the step begins.
   StepPlan(StepRecord record, std::int64_t gradients, double most_variance)
       : gradients_(gradients), most_variance_(most_variance) {
@@ -36,8 +39,49 @@ class StepPlan {
     if (storage.bytes != bytes || storage.producer != producer) return -2;
     return static_cast<std::ptrdiff_t>(found->second);
   }
+  /// How it is held; where its block is computed again, as that block's input.
   [[nodiscard]] Way way(std::size_t storage) const {
-    return record_.storages[storage].ways()[static_cast<std::size_t>(chosen_.choice[storage])];
+    const StorageRecord& one = record_.storages[storage];
+    if (const int block = block_of(storage); block >= 0)
+      if (const BlockWay& held = block_way(static_cast<std::size_t>(block)); held.recompute)
+        return {held.input};
+    return one.ways()[static_cast<std::size_t>(chosen_.choice[storage])];
+  }
+  /// The number of a forward's block in the record, or -1 where it began otherwise.
+  [[nodiscard]] std::ptrdiff_t find_block(std::uint64_t forward, std::uint64_t number,
+                                          const std::vector<std::int64_t>& input_bytes) const {
+    for (std::size_t i = 0; i < record_.blocks.size(); ++i) {
+      const BlockRecord& block = record_.blocks[i];
+      if (block.forward == forward && block.number == number)
+        return block.input_bytes == input_bytes ? static_cast<std::ptrdiff_t>(i) : -1;
+    }
+    return -1;
+  }
+  [[nodiscard]] const BlockWay& block_way(std::size_t block) const {
+    return block_ways_[block][static_cast<std::size_t>(
+        chosen_.choice[record_.storages.size() + block])];
+  }
+  [[nodiscard]] const Option& block_option(std::size_t block) const {
+    const std::size_t item = record_.storages.size() + block;
+    return problem_.items[item].options[static_cast<std::size_t>(chosen_.choice[item])];
+  }
+  /// The block whose being computed again would leave nothing of it, or make it its input; -1.
+  [[nodiscard]] int block_of(std::size_t storage) const {
+    const StorageRecord& one = record_.storages[storage];
+    if (!one.input_alone) return one.block;
+    for (std::size_t b = 0; b < record_.blocks.size(); ++b)
+      for (const std::size_t input : record_.blocks[b].inputs)
+        if (input == storage) return static_cast<int>(b);
+    return -1;
+  }
+  /// Whether a step by this plan asks for it.
+  [[nodiscard]] bool expects(std::size_t storage) const {
+    const int block = block_of(storage);
+    const bool again = block >= 0 && block_way(static_cast<std::size_t>(block)).recompute;
+    if (!again) return !record_.storages[storage].input_alone;
+    const std::vector<std::size_t>& inputs =
+        record_.blocks[static_cast<std::size_t>(block)].inputs;
+    return std::find(inputs.begin(), inputs.end(), storage) != inputs.end();
   }
 
   /// The least that such a step needs above what lives when it begins.
@@ -55,6 +99,9 @@ class StepPlan {
       return;
     chosen_ = solve(problem_, most, most_variance_);
     if (!chosen_.feasible) chosen_ = smallest_;
+    // The solver is good, not exact: never worse than what everybody does by hand.
+    if (every_block_ && every_block_->peak <= most && every_block_->cost < chosen_.cost)
+      chosen_ = *every_block_;
     most_ = most, solved_ = true;
   }
 
@@ -87,6 +134,8 @@ class StepPlan {
     if (curve_.empty()) curve_ = trade_off(problem_, smallest_, most_variance_, kCurve);
     return curve_;
   }
+  /// Block checkpointing; none where the step has no block.
+  [[nodiscard]] const std::optional<Solution>& every_block_again() const { return every_block_; }
   [[nodiscard]] const StepRecord& record() const { return record_; }
   [[nodiscard]] std::int64_t gradients() const { return gradients_; }
   [[nodiscard]] const Problem& problem() const { return problem_; }
@@ -99,15 +148,29 @@ class StepPlan {
   }
 
  private:
-  static constexpr int kCurve = 20;
 
   void remake() {
-    problem_ = record_.problem(gradients_);
+    problem_ = problem_of(record_, gradients_);
+    block_ways_.clear();
+    for (std::size_t b = 0; b < record_.blocks.size(); ++b)
+      block_ways_.push_back(detail::BlockOptions(record_, b).ways());
     smallest_ = smallest(problem_, most_variance_);
     if (!smallest_.feasible) smallest_ = smallest(problem_);  // nothing is quieter
     chosen_ = smallest_;
+    every_block_.reset();
+    if (!record_.blocks.empty()) every_block_ = evaluate(problem_, every_block());
     least_measured_ = 0, solved_ = false;
     curve_.clear();
+  }
+  /// Block checkpointing: all kept, but what blocks save, which are computed again as they are.
+  [[nodiscard]] std::vector<int> every_block() const {
+    std::vector<int> choice(problem_.items.size(), 0);
+    for (std::size_t b = 0; b < record_.blocks.size(); ++b)
+      for (std::size_t way = 0; way < block_ways_[b].size(); ++way)
+        if (const BlockWay& one = block_ways_[b][way];
+            one.recompute && one.reference && one.input == Way::Kind::kKeep)
+          choice[record_.storages.size() + b] = static_cast<int>(way);
+    return choice;
   }
   /// The peak of the curve's point that is so many below `most`.
   [[nodiscard]] std::int64_t cheaper(std::int64_t most, int notches) const {
@@ -122,7 +185,9 @@ class StepPlan {
   StepRecord record_;
   std::unordered_map<std::uint64_t, std::size_t> index_;
   Problem problem_;
+  std::vector<std::vector<BlockWay>> block_ways_;
   Solution smallest_, chosen_;
+  std::optional<Solution> every_block_;
   mutable std::vector<Solution> curve_;
   std::int64_t most_ = 0, correction_ = 0, least_measured_ = 0;
   std::optional<std::int64_t> last_difference_;

@@ -6,10 +6,16 @@
 /// Written and read by calls rather than through a mapping: a full disk is then an error of one
 /// write, where a mapping would end the process (SIGBUS), and what is read back lies in memory that
 /// LibTorch's allocator counts.
+///
+/// Disk space is kept for the next step, which is mostly like the last. Whenever the file has become
+/// empty it is cut to what was needed since it was before, so that one large step's room goes with
+/// the next one.
 #include <c10/util/Exception.h>
 
 #include <fcntl.h>
+#include <linux/magic.h>
 #include <signal.h>
+#include <sys/vfs.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -47,6 +53,7 @@ class OffloadFile {
       return offset;
     }
     end_ += bytes;
+    needed_ = std::max(needed_, end_), length_ = std::max(length_, end_);
     return end_ - bytes;
   }
   void free(std::int64_t offset, std::int64_t bytes) {
@@ -58,6 +65,15 @@ class OffloadFile {
       if (const auto before = std::prev(gap); before->first + before->second == gap->first)
         before->second += gap->second, gaps_.erase(gap), gap = before;
     if (gap->first + gap->second == end_) end_ = gap->first, gaps_.erase(gap);
+    if (end_ > 0) return;
+    if (needed_ < length_ && ::ftruncate(file_, needed_) == 0) length_ = needed_;
+    needed_ = 0;
+  }
+  /// Whether what is written stays in memory (tmpfs), so that nothing is gained.
+  [[nodiscard]] bool in_memory() const {
+    struct ::statfs system;
+    return ::fstatfs(file_, &system) == 0 &&
+           (system.f_type == TMPFS_MAGIC || system.f_type == RAMFS_MAGIC);
   }
   /// Bytes from its beginning to the last piece.
   [[nodiscard]] std::int64_t size() const { return end_; }
@@ -110,6 +126,8 @@ class OffloadFile {
 
   int file_ = -1;
   std::int64_t end_ = 0;
+  std::int64_t length_ = 0;  // at most: of the file
+  std::int64_t needed_ = 0;  // the largest end_ since it was 0
   std::map<std::int64_t, std::int64_t> gaps_;  // offset, bytes; never two that touch
 };
 

@@ -113,6 +113,11 @@ class BasicStored {
     watch_ = std::move(watch), item_ = item;
     watch_->held(item, kind(), own_bytes(), extent_.numel());
   }
+  /// Another operator saves it.
+  void note_again() const {
+    use_->note_saved();
+    if (watch_ != nullptr) watch_->again(item_);
+  }
 
  protected:
   void note_decoding() const {
