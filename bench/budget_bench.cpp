@@ -66,11 +66,18 @@ Workload resnet() {
           [=]() mutable { return torch::cross_entropy_loss(model->forward(x), target); }};
 }
 
+/// A Sequential that may stand in another one.
+struct LayerImpl : nn::SequentialImpl {
+  using nn::SequentialImpl::SequentialImpl;
+  torch::Tensor forward(torch::Tensor x) { return nn::SequentialImpl::forward(x); }
+};
+TORCH_MODULE(Layer);
+
 Workload mlp() {
   nn::Sequential model(nn::Linear(256, 512));
   for (int i = 0; i < 6; ++i)
-    model->push_back(nn::Sequential(nn::GELU(), nn::LayerNorm(nn::LayerNormOptions({512})),
-                                    nn::Dropout(0.1), nn::Linear(512, 512)));
+    model->push_back(Layer(nn::GELU(), nn::LayerNorm(nn::LayerNormOptions({512})),
+                           nn::Dropout(0.1), nn::Linear(512, 512)));
   const auto x = torch::randn({2048, 256});
   return {model.ptr(), [=]() mutable { return model->forward(x).square().mean(); }};
 }

@@ -73,11 +73,11 @@ class SavedPlan {
   virtual void forward_ended(std::uint64_t forward) noexcept = 0;
   /// An error that it throws ends the forward.
   [[nodiscard]] virtual Choice choose(const SavedStorage& storage) = 0;
-  /// A block begins; `inputs` are those that a checkpoint of it would ask about. Blocks are no
-  /// others' parts: between these two calls none of the same forward begins.
-  [[nodiscard]] virtual BlockChoice block_began(std::uint64_t forward,
+  /// A block begins; `look`: a hash of its inputs' sizes and dtypes; `inputs` are those that a
+  /// checkpoint of it would ask about. Between these two calls no other of the same forward begins.
+  [[nodiscard]] virtual BlockChoice block_began(std::uint64_t forward, std::uint64_t look,
                                                 const std::vector<SavedStorage>& inputs) {
-    static_cast<void>(forward), static_cast<void>(inputs);
+    static_cast<void>(forward), static_cast<void>(look), static_cast<void>(inputs);
     return {.recompute = true};
   }
   virtual void block_ended(std::uint64_t) noexcept {}

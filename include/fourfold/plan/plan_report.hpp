@@ -26,7 +26,7 @@ struct StepBytes {
 struct PlanReport {
   struct Row {
     std::string producer{}, saver{}, way{};
-    std::vector<std::int64_t> sizes{};  ///< of a block: its inputs' bytes
+    std::vector<std::int64_t> sizes{};  ///< of a block: its first input's
     std::int64_t bytes = 0, held = 0;
     double ms = 0, variance = 0;
   };
@@ -71,9 +71,9 @@ inline void PlanReport::fill(const StepPlan& plan) {
   };
   for (std::size_t b = 0; b < record.blocks.size(); ++b) {
     const BlockRecord& block = record.blocks[b];
-    Row row{.producer = "block " + std::to_string(block.number),
-            .way = again(static_cast<int>(b)) ? "computed again" : "storage by storage",
-            .sizes = block.input_bytes};
+    Row row{.producer = "block " + std::to_string(block.id.number),
+            .way = again(static_cast<int>(b)) ? "computed again" : "storage by storage"};
+    if (!block.inputs.empty()) row.sizes = record.storages[block.inputs.front()].sizes;
     if (plan.block_way(b).reference) row.way += ", as it is";
     const Option& option = plan.block_option(b);
     row.ms = option.ms, row.variance = option.variance;
@@ -95,7 +95,7 @@ inline void PlanReport::fill(const StepPlan& plan) {
       row.held = way.kind == Way::Kind::kKeep   ? storage.bytes
                  : way.kind == Way::Kind::kPack ? storage.coded_bytes(storage.finest)
                                                 : 0;
-      row.saver = "block " + std::to_string(record.blocks[static_cast<std::size_t>(block)].number);
+      row.saver = "block " + std::to_string(record.blocks[static_cast<std::size_t>(block)].id.number);
     } else {
       const Option& option =
           plan.problem().items[i].options[static_cast<std::size_t>(plan.chosen().choice[i])];

@@ -78,24 +78,22 @@ class Planner final : public SavedPlan {
     return choice;
   }
 
-  BlockChoice block_began(std::uint64_t told, const std::vector<SavedStorage>& inputs) override {
+  BlockChoice block_began(std::uint64_t told, std::uint64_t look,
+                          const std::vector<SavedStorage>& inputs) override {
     const std::lock_guard lock(mutex_);
     Forward* const forward = find(told);
     if (forward == nullptr) return {};
-    MetBlock met{forward->number, forward->blocks++, {}};
+    const BlockId met{forward->number, forward->blocks++, look};
     std::vector<std::pair<StorageId, SavedStorage>> storages;
-    for (const SavedStorage& input : inputs) {
+    for (const SavedStorage& input : inputs)
       storages.emplace_back(id_of(input, forward->number), input);
-      met.input_bytes.push_back(input.bytes);
-    }
     if (met_.empty() && met_blocks_.empty()) start([&] { met_blocks_.push_back(met); });
     met_blocks_.push_back(met);
     if (recording_) {
-      step_->block_began(met.forward, met.number, storages);
-      return {.token = step_->token()};
+      step_->block_began(met, storages);
+      return {};
     }
-    const std::ptrdiff_t at =
-        found([&] { return plan_->find_block(met.forward, met.number, met.input_bytes); });
+    const std::ptrdiff_t at = found([&] { return plan_->find(met); });
     if (at < 0) return {.recompute = true, .token = step_->token()};
     const BlockWay& way = plan_->block_way(static_cast<std::size_t>(at));
     return {.recompute = way.recompute, .reference = way.reference, .token = step_->token()};
@@ -145,10 +143,6 @@ class Planner final : public SavedPlan {
     std::string producer;
   };
 
-  struct MetBlock {
-    std::uint64_t forward, number;
-    std::vector<std::int64_t> input_bytes;
-  };
   struct Forward {
     std::uint64_t told, number;  ///< its number as told, and in the step
     std::uint64_t blocks = 0;
@@ -204,9 +198,8 @@ class Planner final : public SavedPlan {
                          [&](const Met& one) {
                            return plan->find(one.id, one.bytes, one.producer) >= 0;
                          }) &&
-             std::all_of(met_blocks_.begin(), met_blocks_.end(), [&](const MetBlock& one) {
-               return plan->find_block(one.forward, one.number, one.input_bytes) >= 0;
-             });
+             std::all_of(met_blocks_.begin(), met_blocks_.end(),
+                         [&](const BlockId& one) { return plan->find(one) >= 0; });
     };
     const std::int64_t gradients = step_->gradients();
     std::shared_ptr<StepPlan> other;
@@ -316,7 +309,7 @@ class Planner final : public SavedPlan {
   std::shared_ptr<Step> step_;
   std::vector<Forward> forwards_;
   std::vector<Met> met_;
-  std::vector<MetBlock> met_blocks_;
+  std::vector<BlockId> met_blocks_;
   PointerMap<Known> ids_;
   std::vector<bool> known_;
   std::int64_t unknown_bytes_ = 0;

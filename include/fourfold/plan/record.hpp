@@ -48,6 +48,13 @@ struct StorageId {
   friend bool operator==(const StorageId&, const StorageId&) = default;
 };
 
+/// The same for a block.
+struct BlockId {
+  std::uint64_t forward = 0, number = 0;  ///< among the forward's blocks
+  std::uint64_t look = 0;                 ///< a hash of its inputs' sizes and dtypes
+  friend bool operator==(const BlockId&, const BlockId&) = default;
+};
+
 struct RungEstimate {
   double bytes_per_value = 0;
   double noise = 0;  ///< rounding error's power, as a share of the values' own
@@ -150,12 +157,10 @@ struct BlockWay {
 
 /// A block as it ran: fourfold::block(), or a child of a Sequential.
 struct BlockRecord {
-  std::uint64_t forward = 0, number = 0;  ///< among the forward's blocks
-  std::vector<std::size_t> inputs{};      ///< storages
-  std::vector<std::int64_t> input_bytes{};
+  BlockId id;
+  std::vector<std::size_t> inputs{};    ///< storages
   int first = 0, last = 0;              ///< positions of its forward
   int again = -1;                       ///< where its second run would be; -1: it saved nothing
-  std::int64_t working = 0;             ///< the most that lived in its forward, above its first position
   double ms = 0;                        ///< its forward, without what the codecs took
 };
 

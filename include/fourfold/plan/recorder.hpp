@@ -8,6 +8,7 @@
 #include <fourfold/activations/offloading.hpp>
 #include <fourfold/plan/detail/sample.hpp>
 #include <fourfold/plan/record.hpp>
+#include <fourfold/torch/graph_task.hpp>
 
 #include <algorithm>
 #include <chrono>
@@ -52,6 +53,9 @@ class Recorder {
       saved.sensitive = storage.sensitive, saved.packable = storage.packable;
       saved.saved_at = position();
       saved.block = open_block(id.forward);
+      if (known && !is_input(saving_.item, saved.block)) saved.block = -1;  // another block's input
+    } else {
+      again(static_cast<std::uint32_t>(saving_.item));
     }
     const Clock::time_point now = Clock::now();
     others_ms_ += std::chrono::duration<double, std::milli>(now - saving_.since).count();
@@ -77,7 +81,7 @@ class Recorder {
   }
   /// Between two events: before and after.
   void decoding(std::uint32_t item) {
-    if (record_.storages[item].read_at < 0) record_.storages[item].read_at = position();
+    note_read(record_.storages[item], position());
     decodings_.push_back({item, Clock::now(), 0, position()});
   }
   void decoded(std::uint32_t item, const c10::Storage& dense) {
@@ -96,7 +100,7 @@ class Recorder {
     const int last = position() - 2;  // where the most lived, as far as anybody knows
     if (--live_[item] > 0) return;
     StorageRecord& storage = record_.storages[item];
-    if (storage.read_at < 0) storage.read_at = last;
+    note_read(storage, last);
     close(storage.held, last);
     close(storage.packed, last);
     storage.kept.last = last;
@@ -105,25 +109,24 @@ class Recorder {
 
   /// A block of this forward begins, and ends; after an event. `inputs`: what it would hold of its
   /// own, were it computed again.
-  void block_began(std::uint64_t forward, std::uint64_t number, std::vector<std::size_t> inputs) {
-    BlockRecord block{.forward = forward, .number = number, .inputs = std::move(inputs)};
-    for (const std::size_t input : block.inputs)
-      block.input_bytes.push_back(record_.storages[input].bytes);
+  void block_began(const BlockId& id, std::vector<std::size_t> inputs) {
+    BlockRecord block{.id = id, .inputs = std::move(inputs)};
+    for (const std::size_t input : block.inputs) {
+      StorageRecord& storage = record_.storages[input];
+      if (!storage.input_alone) storage.block = -1;  // another block's result, which that one saves
+    }
     block.first = position() - 1;
     open_.push_back({record_.blocks.size(), Clock::now(), others_ms_});
     record_.blocks.push_back(std::move(block));
   }
   void block_ended(std::uint64_t forward) {
     const auto open = std::find_if(open_.rbegin(), open_.rend(), [&](const OpenBlock& one) {
-      return record_.blocks[one.block].forward == forward;
+      return record_.blocks[one.block].id.forward == forward;
     });
     if (open == open_.rend()) return;
     BlockRecord& block = record_.blocks[open->block];
     block.last = position() - 1;
     block.ms = std::max(0.0, ms_since(open->since) - (others_ms_ - open->others_ms));
-    const auto first = record_.bytes.begin() + block.first;
-    block.working = std::max<std::int64_t>(
-        0, *std::max_element(first, record_.bytes.begin() + block.last + 1) - *first);
     open_.erase(std::next(open).base());
   }
   /// A block's input, as one of the storages.
@@ -195,6 +198,10 @@ class Recorder {
     int position;
   };
 
+  /// A forward may read, too: what an input that is written to depends on is computed before.
+  static void note_read(StorageRecord& storage, int position) {
+    if (storage.read_at < 0 && door::current_graph_task() != -1) storage.read_at = position;
+  }
   [[nodiscard]] int position() const { return static_cast<int>(record_.bytes.size()); }
   static double ms_since(Clock::time_point since) {
     return std::chrono::duration<double, std::milli>(Clock::now() - since).count();
@@ -228,8 +235,14 @@ class Recorder {
   /// Of the forward, or -1.
   [[nodiscard]] int open_block(std::uint64_t forward) const {
     for (auto one = open_.rbegin(); one != open_.rend(); ++one)
-      if (record_.blocks[one->block].forward == forward) return static_cast<int>(one->block);
+      if (record_.blocks[one->block].id.forward == forward) return static_cast<int>(one->block);
     return -1;
+  }
+  [[nodiscard]] bool is_input(std::size_t item, int block) const {
+    if (block < 0) return false;
+    const std::vector<std::size_t>& inputs =
+        record_.blocks[static_cast<std::size_t>(block)].inputs;
+    return std::find(inputs.begin(), inputs.end(), item) != inputs.end();
   }
   void add(const StorageId& id, const SavedStorage& storage) {
     const at::Tensor& values = *storage.values;

@@ -78,8 +78,8 @@ class Step final : public StoredWatch, public std::enable_shared_from_this<Step>
     pending_ = std::max(pending_, counters_.read(watch_).all.peak);  // samples are no step's need
     return item;
   }
-  /// A block of this forward begins, in a step that is recorded.
-  void block_began(std::uint64_t forward, std::uint64_t number,
+  /// A block begins, in a step that is recorded.
+  void block_began(const BlockId& block,
                    const std::vector<std::pair<StorageId, SavedStorage>>& inputs) {
     const std::lock_guard lock(mutex_);
     event();
@@ -89,7 +89,7 @@ class Step final : public StoredWatch, public std::enable_shared_from_this<Step>
       items.push_back(recorder_->input(id, input));
     }
     pending_ = std::max(pending_, counters_.read(watch_).all.peak);
-    recorder_->block_began(forward, number, std::move(items));
+    recorder_->block_began(block, std::move(items));
   }
   void block_ended(std::uint64_t forward) {
     const std::lock_guard lock(mutex_);

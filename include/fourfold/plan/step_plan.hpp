@@ -47,14 +47,10 @@ class StepPlan {
         return {held.input};
     return one.ways()[static_cast<std::size_t>(chosen_.choice[storage])];
   }
-  /// The number of a forward's block in the record, or -1 where it began otherwise.
-  [[nodiscard]] std::ptrdiff_t find_block(std::uint64_t forward, std::uint64_t number,
-                                          const std::vector<std::int64_t>& input_bytes) const {
-    for (std::size_t i = 0; i < record_.blocks.size(); ++i) {
-      const BlockRecord& block = record_.blocks[i];
-      if (block.forward == forward && block.number == number)
-        return block.input_bytes == input_bytes ? static_cast<std::ptrdiff_t>(i) : -1;
-    }
+  /// The block's number in the record, or -1.
+  [[nodiscard]] std::ptrdiff_t find(const BlockId& id) const {
+    for (std::size_t i = 0; i < record_.blocks.size(); ++i)
+      if (record_.blocks[i].id == id) return static_cast<std::ptrdiff_t>(i);
     return -1;
   }
   [[nodiscard]] const BlockWay& block_way(std::size_t block) const {

@@ -55,27 +55,52 @@ class BasicBlockOptions {
   [[nodiscard]] Option option(const BlockWay& way) const {
     if (!way.recompute) return {};
     Option out{.ms = block_.ms};
-    std::int64_t working = block_.working;
     for (const StorageRecord* one : members_) {
       if (one->kind == StoredAs::kKept) {  // gone from its forward's end until it runs again
-        out.spans.push_back({block_.last + 1, block_.again, -one->bytes});
-      } else if (way.reference || one->kind == StoredAs::kOffloaded) {
-        working += one->bytes - held(*one);
-        out.spans.push_back({block_.again + 1, one->kept.last, one->bytes});
+        out.spans.push_back({block_.last + 1, run(), -one->bytes});
+      } else if (stays_whole(*one, way)) {
+        out.spans.push_back({block_.again, one->kept.last, one->bytes});
       } else {
         for (const Span& span : one->held)
-          out.spans.push_back({std::max(span.first, block_.again + 1), span.last, span.bytes});
+          out.spans.push_back({std::max(span.first, block_.again), span.last, span.bytes});
         out.spans.insert(out.spans.end(), one->dense.begin(), one->dense.end());
         out.ms += one->pack_ms + one->unpack_ms;
         out.variance += share(*one) * one->noise(own_way(*one));
       }
     }
-    out.spans.push_back({block_.again, block_.again, working});
+    out.spans.push_back({run(), run(), working(way)});
     for (const StorageRecord* one : inputs_) add_input(*one, way, out);
     return out;
   }
 
  private:
+  /// The instant before the first read: what lives then, and what the second run needs besides.
+  [[nodiscard]] int run() const { return block_.again - 1; }
+  /// In the second run. There nothing is offloaded.
+  [[nodiscard]] static bool stays_whole(const StorageRecord& one, const BlockWay& way) {
+    return way.reference || one.kind == StoredAs::kOffloaded;
+  }
+  /// The most that lives in a run of the block, above what lived before.
+  [[nodiscard]] std::int64_t working(const BlockWay& way) const {
+    const auto first = static_cast<std::size_t>(block_.first);
+    const auto last = static_cast<std::size_t>(block_.last);
+    std::vector<std::int64_t> lives(record_.bytes.begin() + block_.first,
+                                    record_.bytes.begin() + block_.last + 1);
+    const auto add = [&](const Span& span, std::int64_t bytes) {
+      for (std::size_t p = first; p <= last; ++p)
+        if (span.first <= static_cast<int>(p) && static_cast<int>(p) <= span.last)
+          lives[p - first] += bytes;
+    };
+    for (const StorageRecord* one : members_) {
+      if (one->kind == StoredAs::kKept || !stays_whole(*one, way)) continue;
+      add(one->kept, one->bytes);
+      for (const Span& span : one->held) add(span, -span.bytes);
+    }
+    for (const StorageRecord* one : inputs_)  // it is held anyway
+      if (!one->input_alone)
+        for (const Span& span : one->held) add(span, -span.bytes);
+    return std::max<std::int64_t>(0, *std::max_element(lives.begin(), lives.end()) - lives[0]);
+  }
   void add_input(const StorageRecord& input, const BlockWay& way, Option& out) const {
     if (way.input == Way::Kind::kKeep) {
       if (input.kind != StoredAs::kKept || input.input_alone)
@@ -83,12 +108,12 @@ class BasicBlockOptions {
       return;
     }
     if (input.kind == StoredAs::kKept && !input.input_alone)
-      out.spans.push_back({block_.last + 1, block_.again - 1, -input.bytes});
+      out.spans.push_back({block_.last + 1, run() - 1, -input.bytes});
     else  // its dense copy, while the second run and what it saved by reference read it
-      out.spans.push_back({block_.again, way.reference ? end_ : block_.again, input.bytes});
+      out.spans.push_back({run(), way.reference ? end_ : run(), input.bytes});
     if (!way.reference && !input.input_alone)
       for (const Span& span : input.dense)
-        if (span.first > block_.again) out.spans.push_back(span);
+        if (span.first >= block_.again) out.spans.push_back(span);
     if (way.input == Way::Kind::kOffload) {
       out.ms += offload_ms(input);
       return;
@@ -102,11 +127,6 @@ class BasicBlockOptions {
   [[nodiscard]] bool all_inputs(const Is& is) const {
     return std::all_of(inputs_.begin(), inputs_.end(),
                        [&](const StorageRecord* one) { return is(*one); });
-  }
-  [[nodiscard]] static std::int64_t held(const StorageRecord& one) {
-    std::int64_t sum = 0;
-    for (const Span& span : one.held) sum += span.bytes;
-    return sum;
   }
   [[nodiscard]] static double offload_ms(const StorageRecord& one) {
     return one.kind == StoredAs::kOffloaded ? one.pack_ms + one.unpack_ms : one.offload_ms;

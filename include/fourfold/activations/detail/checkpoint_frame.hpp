@@ -19,6 +19,7 @@
 #include <fourfold/core/random.hpp>  // mix
 #include <fourfold/torch/autocast.hpp>
 #include <fourfold/torch/graph_task.hpp>
+#include <fourfold/torch/operators.hpp>  // OperatorsPause
 #include <fourfold/torch/random_state.hpp>
 #include <fourfold/torch/saved_tensors.hpp>
 #include <fourfold/torch/state_writes.hpp>
@@ -101,6 +102,7 @@ class CheckpointFrame final : public door::SavedTensors,
   CheckpointFrame(const CheckpointOptions& options, const std::vector<at::Tensor>& inputs, Run run)
       : options_(options), run_(std::move(run)), autocast_(door::AutocastState::current()) {
     autocast_.cache = false;  // casts of a second run would stay cached after it
+    const door::OperatorsPause pause;
     const std::shared_ptr<door::SavedTensors> parent = door::active_saved_tensors();
     payloads_ = parent && parent->recomputes() ? parent->around() : parent;
     std::vector<at::Device> devices;

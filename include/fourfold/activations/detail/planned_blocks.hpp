@@ -4,6 +4,7 @@
 #include <fourfold/activations/blocks.hpp>
 #include <fourfold/activations/detail/ask_plan.hpp>
 #include <fourfold/activations/store.hpp>
+#include <fourfold/core/random.hpp>  // mix
 
 #include <cstdint>
 #include <memory>
@@ -24,8 +25,15 @@ class BasicPlannedBlocks final : public BlockPlan {
     tape->begin_part();
     const door::OperatorsPause pause;
     std::vector<at::Tensor> detached;
-    for (const at::Tensor& input : inputs)
+    std::uint64_t look = inputs.size();
+    for (const at::Tensor& input : inputs) {
+      if (!input.defined()) continue;
+      look = mix(look ^ static_cast<std::uint64_t>(input.scalar_type()));
+      if (!input.is_nested())
+        for (const std::int64_t size : input.sizes())
+          look = mix(look ^ static_cast<std::uint64_t>(size));
       if (asked_about(input, *tape)) detached.push_back(input.detach());
+    }
     std::vector<SavedStorage> storages;
     for (std::size_t i = 0; i < detached.size(); ++i) {
       SavedStorage storage = saved_storage(detached[i], *tape);
@@ -33,7 +41,7 @@ class BasicPlannedBlocks final : public BlockPlan {
         storage.operation = tape->operators(), storage.place = kFirstPlace + i;
       storages.push_back(storage);
     }
-    return store_->plan()->block_began(tape->forward(), storages);
+    return store_->plan()->block_began(tape->forward(), look, storages);
   }
   void ended() noexcept override {
     Tape* const tape = store_->tape();

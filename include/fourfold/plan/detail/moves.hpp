@@ -24,11 +24,11 @@ class Moves {
         bytes_(usage(problem, choice_)),
         variance_(evaluate(problem, choice_).variance),
         members_(problem.items.size()),
-        together_(problem.items.size()) {
+        together_(problem.items.size()),
+        stale_(problem.items.size(), true) {
     for (std::size_t i = 0; i < choice_.size(); ++i)
       if (const int within = problem.items[i].within; within >= 0)
         members_[static_cast<std::size_t>(within)].push_back(i);
-    for (std::size_t i = 0; i < choice_.size(); ++i) add_up(i);
     for (const std::int64_t bytes : bytes_) over_ += std::max<std::int64_t>(bytes - budget_, 0);
   }
 
@@ -168,7 +168,7 @@ class Moves {
 
   /// Of a block whose storages are held one by one: what they come to.
   [[nodiscard]] const Option& option_of(std::size_t item, int option) const {
-    if (option == 0 && !members_[item].empty()) return together_[item];
+    if (option == 0 && !members_[item].empty()) return together(item);
     return problem_.items[item].options[static_cast<std::size_t>(option)];
   }
   [[nodiscard]] static std::int64_t at(const Option& option, int position) {
@@ -201,11 +201,12 @@ class Moves {
     choice_[item] = option;
     if (counts) add(option_of(item, option), 1);
     if (const int within = problem_.items[item].within; within >= 0)
-      add_up(static_cast<std::size_t>(within));
+      stale_[static_cast<std::size_t>(within)] = true;
   }
-  void add_up(std::size_t block) {
-    if (members_[block].empty()) return;
+  [[nodiscard]] const Option& together(std::size_t block) const {
     Option& sum = together_[block];
+    if (!stale_[block]) return sum;
+    stale_[block] = false;
     sum.ms = sum.variance = 0;
     sum.spans.clear();
     for (const std::size_t member : members_[block]) {
@@ -213,6 +214,7 @@ class Moves {
       sum.ms += one.ms, sum.variance += one.variance;
       sum.spans.insert(sum.spans.end(), one.spans.begin(), one.spans.end());
     }
+    return sum;
   }
 
   /// Every option that costs less than the present one, the largest gain first.
@@ -261,7 +263,8 @@ class Moves {
   std::int64_t over_ = 0;  // bytes above the budget, over all positions
   double variance_;
   std::vector<std::vector<std::size_t>> members_;  // of blocks, by item
-  std::vector<Option> together_;                   // what a block's members come to
+  mutable std::vector<Option> together_;           // what a block's members come to
+  mutable std::vector<bool> stale_;                // one of them has moved since
 };
 
 }  // namespace fourfold::inline v0::plan::detail
