@@ -68,12 +68,15 @@ class BasicBlockOptions {
         out.variance += share(*one) * one->noise(own_way(*one));
       }
     }
-    out.spans.push_back({run(), run(), working(way)});
+    out.spans.push_back({run(), run(), working(way) + kRandomState});
+    out.spans.push_back({block_.first, end_, kRandomState});
     for (const StorageRecord* one : inputs_) add_input(*one, way, out);
     return out;
   }
 
  private:
+  static constexpr std::int64_t kRandomState = 5056;  // a frame's (torch/random_state.hpp)
+
   /// The instant before the first read: what lives then, and what the second run needs besides.
   [[nodiscard]] int run() const { return block_.again - 1; }
   /// In the second run. There nothing is offloaded.
