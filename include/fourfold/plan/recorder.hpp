@@ -12,8 +12,6 @@
 
 #include <algorithm>
 #include <chrono>
-#include <cstdio>
-#include <cstdlib>
 #include <cstdint>
 #include <memory>
 #include <utility>
@@ -83,7 +81,8 @@ class Recorder {
   }
   /// Between two events: before and after.
   void decoding(std::uint32_t item) {
-    note_read(record_.storages[item], position());
+    // What another one is computed from again is read in its stead, if that is held at all.
+    if (decodings_.empty()) note_read(record_.storages[item], position());
     decodings_.push_back({item, Clock::now(), 0, position()});
   }
   void decoded(std::uint32_t item, const c10::Storage& dense) {
@@ -170,12 +169,6 @@ class Recorder {
       if (!storage.input_alone && storage.read_at > block.last &&
           (block.again < 0 || storage.read_at < block.again))
         block.again = storage.read_at;
-    }
-    if (std::getenv("DEBUGBLOCK")) {
-      for (auto& b : record_.blocks) std::fprintf(stderr, "block %ld first %d last %d again %d ms %f\n", b.id.number, b.first, b.last, b.again, b.ms);
-      for (auto& st : record_.storages) std::fprintf(stderr, "%s kind %d block %d saved %d read %d kept %d-%d %ld held %zu alone %d\n", st.producer.c_str(), (int)st.kind, st.block, st.saved_at, st.read_at, st.kept.first, st.kept.last, st.bytes, st.held.size(), st.input_alone);
-      for (std::size_t i = 0; i < record_.bytes.size(); ++i) std::fprintf(stderr, "%ld ", record_.bytes[i]);
-      std::fprintf(stderr, "\n");
     }
     return std::move(record_);
   }
