@@ -31,10 +31,9 @@ namespace {
 namespace nn = torch::nn;
 using Plain = fourfold::CompressionPipeline<>;
 using Recomputed = fourfold::CompressionPipeline<fourfold::Blocks<>>;
-using Planned =
-    fourfold::CompressionPipeline<fourfold::Activations<fourfold::Int4>,
-                                  fourfold::Recompute<fourfold::CheapOps>, fourfold::Blocks<>,
-                                  fourfold::Budget<>>;
+using Planned = fourfold::CompressionPipeline<fourfold::Activations<fourfold::Int4>,
+                                              fourfold::Recompute<fourfold::CheapOps>,
+                                              fourfold::Blocks<>, fourfold::Budget<>>;
 
 struct Workload {
   std::shared_ptr<nn::Module> module;
@@ -76,8 +75,8 @@ TORCH_MODULE(Layer);
 Workload mlp() {
   nn::Sequential model(nn::Linear(256, 512));
   for (int i = 0; i < 6; ++i)
-    model->push_back(Layer(nn::GELU(), nn::LayerNorm(nn::LayerNormOptions({512})),
-                           nn::Dropout(0.1), nn::Linear(512, 512)));
+    model->push_back(Layer(nn::GELU(), nn::LayerNorm(nn::LayerNormOptions({512})), nn::Dropout(0.1),
+                           nn::Linear(512, 512)));
   const auto x = torch::randn({2048, 256});
   return {model.ptr(), [=]() mutable { return model->forward(x).square().mean(); }};
 }

@@ -23,9 +23,10 @@
 
 namespace {
 
-using Budgeted = fourfold::CompressionPipeline<
-    fourfold::Activations<fourfold::Int4>, fourfold::Recompute<fourfold::CheapOps>,
-    fourfold::Blocks<>, fourfold::OptimizerStates<fourfold::Int8>, fourfold::Budget<>>;
+using Budgeted =
+    fourfold::CompressionPipeline<fourfold::Activations<fourfold::Int4>,
+                                  fourfold::Recompute<fourfold::CheapOps>, fourfold::Blocks<>,
+                                  fourfold::OptimizerStates<fourfold::Int8>, fourfold::Budget<>>;
 
 constexpr int kSteps = 12, kFirst = 3;  // a budget's first steps are recorded, then corrected
 constexpr models::TransformerOptions kModel{.vocabulary = 10000, .width = 512};
@@ -71,9 +72,10 @@ void train(benchmark::State& state, const std::string& name, bool whole_logits, 
   for (auto _ : state) {
     const auto [input, target] = batch();
     if constexpr (kBudget)
-      if (step == 1) pipeline.set_budget(budget < 0 ? pipeline.plan().least
-                                                    : static_cast<std::int64_t>(
-                                                          budget * rows.front().peak_mib * (1 << 20)));
+      if (step == 1)
+        pipeline.set_budget(
+            budget < 0 ? pipeline.plan().least
+                       : static_cast<std::int64_t>(budget * rows.front().peak_mib * (1 << 20)));
     meter.restart_peak();
     const auto begin = std::chrono::steady_clock::now();
     if constexpr (!Pipeline::kReleases) optimizer->zero_grad();
@@ -126,8 +128,10 @@ int main(int argc, char** argv) {
   declare<Budgeted>("the least budget", false, -1);
   benchmark::RunSpecifiedBenchmarks();
   if (rows.empty()) return 0;
-  std::printf("\n| | peak MiB | of plain | saved MiB | step | of plain | loss of step %d |\n"
-              "|---|---|---|---|---|---|---|\n", kSteps);
+  std::printf(
+      "\n| | peak MiB | of plain | saved MiB | step | of plain | loss of step %d |\n"
+      "|---|---|---|---|---|---|---|\n",
+      kSteps);
   for (const Row& row : rows)
     std::printf("| %s | %.1f | %.3f | %.1f | %.2f s | %.2f | %.4f |\n", row.name.c_str(),
                 row.peak_mib, row.peak_mib / rows.front().peak_mib, row.saved_mib, row.ms / 1000,

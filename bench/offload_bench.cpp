@@ -119,8 +119,7 @@ int main(int argc, char** argv) {
   add("offload/plain_read", [](benchmark::State& state) { plain_file(state, true); });
   add("offload/write", [](benchmark::State& state) { offload(state, 0, true, false); });
   add("offload/read", [](benchmark::State& state) { offload(state, 0, false, true); });
-  add("offload/both", [](benchmark::State& state) {
-    offload(state, std::int64_t{64} << 20, true, true);
-  });
+  add("offload/both",
+      [](benchmark::State& state) { offload(state, std::int64_t{64} << 20, true, true); });
   benchmark::RunSpecifiedBenchmarks();
 }

@@ -89,7 +89,7 @@ struct BasicPipelineState {
   std::shared_ptr<ActivationStore> store;
   door::GradientHooks gradient_tags;
   SequentialBlocks wrapped_blocks;
-  int block_every = 0;  ///< 0: blocks are not recomputed
+  int block_every = 0;                    ///< 0: blocks are not recomputed
   std::shared_ptr<BlockPlan> block_plan;  ///< a budget's; null: each of them is
   std::int64_t blocks_met = 0;
   bool left = false;  ///< a scope was left, so blocks_met tells something
@@ -111,7 +111,8 @@ class [[nodiscard]] BasicPipelineScope {
  public:
   explicit BasicPipelineScope(std::shared_ptr<detail::PipelineState> state)
       : state_(std::move(state)), saved_(state_->store), operators_(state_->store->activate()) {
-    if (state_->block_every > 0) blocks_.emplace(state_->block_every, CheckpointOptions{}, state_->block_plan);
+    if (state_->block_every > 0)
+      blocks_.emplace(state_->block_every, CheckpointOptions{}, state_->block_plan);
     if (state_->precision != nullptr) precision_ = state_->precision();
     ++state_->scopes;
     if (!at::GradMode::is_enabled()) ++state_->without_gradients;

@@ -130,12 +130,13 @@ struct Precision {
                   " already; make the pipeline before the first backward, or call zero_grad()");
     for (auto& [name, p] : chosen) p.set_data(p.detach().to(kType));
   }
-  /// Of the weights' bytes, by convert().
+  /// Of the trainable weights' bytes, by convert().
   [[nodiscard]] static std::int64_t bytes_saved(const torch::nn::Module& model) {
     std::vector<const void*> counted;  // of a parameter that is tied once
     std::int64_t bytes = 0;
     for (const auto& [name, p] : held(model)) {
-      if (std::find(counted.begin(), counted.end(), p.unsafeGetTensorImpl()) != counted.end())
+      if (!p.requires_grad() ||
+          std::find(counted.begin(), counted.end(), p.unsafeGetTensorImpl()) != counted.end())
         continue;
       counted.push_back(p.unsafeGetTensorImpl());
       bytes += p.numel() * static_cast<std::int64_t>(p.element_size() - sizeof(T));

@@ -317,8 +317,8 @@ TEST(Offload, NotANumberComesBackAsItWas) {
   const auto ours = torch::autograd::grad({within(store, run)}, {leaf})[0];
   EXPECT_EQ(file->counts().written, 2);
   EXPECT_TRUE(torch::equal(ours.isnan(), torch::autograd::grad({run()}, {leaf})[0].isnan()));
-  EXPECT_TRUE(torch::equal(ours.nan_to_num(),
-                           torch::autograd::grad({run()}, {leaf})[0].nan_to_num()));
+  EXPECT_TRUE(
+      torch::equal(ours.nan_to_num(), torch::autograd::grad({run()}, {leaf})[0].nan_to_num()));
 }
 
 TEST(Offload, ShapesThatChangeEachStep) {
@@ -349,9 +349,10 @@ TEST(Offload, ADirectoryThatIsMemoryIsToldInTheReport) {
     text << pipeline.report();
     return text.str();
   };
-  EXPECT_THAT(words(CompressionPipeline<Offload<InMemory>>(*model)),
-              HasSubstr("Offload<>: '/dev/shm' is memory itself (tmpfs), so what is offloaded there "
-                        "saves none and is not counted; name a directory on a disk"));
+  EXPECT_THAT(
+      words(CompressionPipeline<Offload<InMemory>>(*model)),
+      HasSubstr("Offload<>: '/dev/shm' is memory itself (tmpfs), so what is offloaded there "
+                "saves none and is not counted; name a directory on a disk"));
   if (::statfs(std::filesystem::temp_directory_path().c_str(), &system) == 0 &&
       system.f_type != TMPFS_MAGIC) {
     EXPECT_THAT(words(Exactly(*model)), ::testing::Not(HasSubstr("tmpfs")));

@@ -70,8 +70,8 @@ Case residual() {
   struct ResidualImpl : nn::Module {
     ResidualImpl() { register_module("inner", inner); }
     torch::Tensor forward(const torch::Tensor& x) { return x + inner->forward(x).tanh(); }
-    nn::Sequential inner{nn::Linear(128, 512), nn::BatchNorm1d(512), nn::GELU(),
-                         nn::Dropout(0.1), nn::Linear(512, 128)};
+    nn::Sequential inner{nn::Linear(128, 512), nn::BatchNorm1d(512), nn::GELU(), nn::Dropout(0.1),
+                         nn::Linear(512, 128)};
   };
   auto net = nn::Sequential(nn::Linear(32, 128));
   for (int i = 0; i < 4; ++i) net->push_back(std::make_shared<ResidualImpl>());
@@ -115,7 +115,7 @@ void expect_budgets_obeyed(const std::function<Case()>& make, bool blocks_pay = 
   const std::int64_t plain = peak_of<Plain>(make);
   const Case model = seeded(make);
   SCOPED_TRACE(model.name);
-  Pipeline pipeline(*model.module, {.budget = kNoLimit});
+  Pipeline pipeline(*model.module, {.budget = kNoLimit, .high_water = 0});
   step(pipeline, model);
   EXPECT_EQ(step(pipeline, model), plain) << "with room for everything, everything is kept";
   EXPECT_EQ(recomputed(pipeline.plan()), 0);
@@ -142,7 +142,8 @@ void expect_budgets_obeyed(const std::function<Case()>& make, bool blocks_pay = 
 }
 
 TEST(BlockPlan, BudgetsAreObeyedFromTheLeastToPlain) {
-  for (const auto& make : models_of_blocks()) expect_budgets_obeyed<Planned>(make, /*blocks_pay=*/false);
+  for (const auto& make : models_of_blocks())
+    expect_budgets_obeyed<Planned>(make, /*blocks_pay=*/false);
 }
 TEST(BlockPlan, BudgetsAreObeyedByExactChoicesToo) {
   for (const auto& make : models_of_blocks()) expect_budgets_obeyed<ExactPlanned>(make);
@@ -156,10 +157,11 @@ TEST(BlockPlan, LessCanBeMetThanWithout) {
     for (int i = 0; i < 2; ++i) step(pipeline, model);
     return pipeline.plan().least - pipeline.plan().last.base;
   };
-  const std::int64_t without =
-      least([](const Case& m) { return WithoutBlocks(*m.module, {.budget = kNoLimit}); });
-  const std::int64_t with =
-      least([](const Case& m) { return ExactPlanned(*m.module, {.budget = kNoLimit}); });
+  const std::int64_t without = least([](const Case& m) {
+    return WithoutBlocks(*m.module, {.budget = kNoLimit, .high_water = 0});
+  });
+  const std::int64_t with = least(
+      [](const Case& m) { return ExactPlanned(*m.module, {.budget = kNoLimit, .high_water = 0}); });
   EXPECT_LT(with, without * 8 / 10);
 }
 
@@ -169,7 +171,7 @@ TEST(BlockPlan, IsNeverWorseThanBlockCheckpointing) {
     const std::int64_t plain = peak_of<Plain>(make), checkpointed = peak_of<Checkpointed>(make);
     const Case model = seeded(make);
     SCOPED_TRACE(model.name);
-    Planned pipeline(*model.module, {.budget = kNoLimit});
+    Planned pipeline(*model.module, {.budget = kNoLimit, .high_water = 0});
     for (int i = 0; i < 2; ++i) step(pipeline, model);
     ASSERT_TRUE(pipeline.plan().every_block.has_value());
     EXPECT_NEAR(static_cast<double>(pipeline.plan().every_block->bytes), checkpointed,
@@ -220,9 +222,9 @@ TEST(BlockPlan, ExactChoicesAreBitEqualOverTwentySteps) {
         pipeline.set_budget(plan.least + (plan.last.peak - plan.least) * i / 20 + (1 << 20));
     };
     const auto exact = train(
-        [](nn::Module& m) { return ExactPlanned(m, {.budget = kNoLimit}); }, move);
+        [](nn::Module& m) { return ExactPlanned(m, {.budget = kNoLimit, .high_water = 0}); }, move);
     const auto offloaded = train(
-        [](nn::Module& m) { return Offloaded(m, {.budget = kNoLimit}); }, move);
+        [](nn::Module& m) { return Offloaded(m, {.budget = kNoLimit, .high_water = 0}); }, move);
     EXPECT_GT(blocks, 0);
     ASSERT_EQ(plain.size(), exact.size());
     for (std::size_t i = 0; i < plain.size(); ++i) {
@@ -246,11 +248,10 @@ TEST(BlockPlan, AnErrorFreesAllAndTheNextStepWorks) {
   };
   std::vector<std::shared_ptr<BlockImpl>> blocks;
   nn::Sequential net(nn::Linear(32, 128));
-  for (int i = 0; i < 3; ++i)
-    net->push_back(blocks.emplace_back(std::make_shared<BlockImpl>()));
+  for (int i = 0; i < 3; ++i) net->push_back(blocks.emplace_back(std::make_shared<BlockImpl>()));
   const auto x = torch::randn({256, 32});
   const Case model{"fails", net.ptr(), [&] { return net->forward(x).square().mean(); }};
-  ExactPlanned pipeline(*net, {.budget = kNoLimit});
+  ExactPlanned pipeline(*net, {.budget = kNoLimit, .high_water = 0});
   for (int i = 0; i < 2; ++i) step(pipeline, model);
   const auto plan = pipeline.plan();
   const std::int64_t budget = plan.least + (plan.last.peak - plan.least) / 10;
@@ -281,7 +282,7 @@ TEST(BlockPlan, BackwardOnAnotherThreadAndAfterThePipeline) {
   const Case model = seeded(residual);
   torch::Tensor loss;
   {
-    ExactPlanned pipeline(*model.module, {.budget = kNoLimit});
+    ExactPlanned pipeline(*model.module, {.budget = kNoLimit, .high_water = 0});
     for (int i = 0; i < 2; ++i) step(pipeline, model);
     const auto plan = pipeline.plan();
     pipeline.set_budget(plan.least + (plan.last.peak - plan.least) / 10);
@@ -308,7 +309,7 @@ TEST(BlockPlan, ShapesThatChangeAreRecordedAndRemembered) {
   nn::Sequential net(nn::Linear(64, 128));
   for (int i = 0; i < 3; ++i)
     net->push_back(Chain(nn::Linear(128, 512), nn::GELU(), nn::Linear(512, 128)));
-  ExactPlanned pipeline(*net, {.budget = kNoLimit});
+  ExactPlanned pipeline(*net, {.budget = kNoLimit, .high_water = 0});
   const auto run = [&](std::int64_t rows) {
     for (const at::Tensor& parameter : pipeline.parameters())
       parameter.mutable_grad() = at::Tensor();
@@ -334,7 +335,7 @@ TEST(BlockPlan, ShapesThatChangeAreRecordedAndRemembered) {
 
 TEST(BlockPlan, IsPrinted) {
   const Case model = seeded(transformer);
-  ExactPlanned pipeline(*model.module, {.budget = kNoLimit});
+  ExactPlanned pipeline(*model.module, {.budget = kNoLimit, .high_water = 0});
   for (int i = 0; i < 2; ++i) step(pipeline, model);
   const auto words = [&] {
     std::ostringstream text;
@@ -356,7 +357,7 @@ TEST(BlockPlan, EveryNthBlockIsACandidate) {
   static_assert(std::is_same_v<Checkpoint<>, Blocks<>>);
   using EverySecond = CompressionPipeline<Activations<Int4>, Checkpoint<EveryNth<2>>, Budget<>>;
   const Case model = seeded(transformer);
-  EverySecond pipeline(*model.module, {.budget = kNoLimit});
+  EverySecond pipeline(*model.module, {.budget = kNoLimit, .high_water = 0});
   for (int i = 0; i < 2; ++i) step(pipeline, model);
   const auto plan = pipeline.plan();
   EXPECT_EQ(std::count_if(plan.rows.begin(), plan.rows.end(),

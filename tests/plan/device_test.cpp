@@ -55,7 +55,8 @@ TEST(Device, IsTheGroupThatLeavesLeast) {
   root.write("/proc/self/cgroup", "0::/user/job\n");
   root.write("/sys/fs/cgroup/user/job/memory.max", "500000\n");
   root.write("/sys/fs/cgroup/user/job/memory.current", "300000\n");
-  root.write("/sys/fs/cgroup/user/job/memory.stat", "anon 1\ninactive_file 100000\n");
+  root.write("/sys/fs/cgroup/user/job/memory.stat",
+             "anon 1\ninactive_file 60000\nactive_file 40000\n");
   EXPECT_EQ(machine_memory(root.path).total, 500000);
   EXPECT_EQ(machine_memory(root.path).used, 200000) << "clean pages of files would be given up";
   root.write("/sys/fs/cgroup/user/memory.max", "600000\n");  // what it is in has less left
@@ -99,9 +100,8 @@ TEST(Device, ThePlanMovesWithAReading) {
   }
   const auto x = torch::randn({1024, 128});
   constexpr std::int64_t kDevice = 1_GiB;
-  Planned pipeline(*net, {.budget = 512_MiB,
-                          .device_bytes = kDevice,
-                          .device_used = [] { return reading; }});
+  Planned pipeline(
+      *net, {.budget = 512_MiB, .device_bytes = kDevice, .device_used = [] { return reading; }});
   const auto step = [&] {
     for (const at::Tensor& parameter : pipeline.parameters())
       parameter.mutable_grad() = at::Tensor();

@@ -49,7 +49,7 @@ struct OpenBlocks {
   int every = 1;
   CheckpointOptions options{};
   std::shared_ptr<BlockPlan> plan{};  ///< says which of them are recomputed; null: all
-  bool inside = false;  ///< a block runs: blocks in it belong to it
+  bool inside = false;                ///< a block runs: blocks in it belong to it
   std::int64_t met = 0, recomputed = 0;
   std::atomic<bool> closed{false};  ///< by a scope that was left on another thread, or out of order
   std::shared_ptr<OpenBlocks> outer;
@@ -130,8 +130,8 @@ auto block(Fn&& fn, Inputs&&... inputs) -> detail::BlockResult<Fn, Inputs...> {
   } const inside(*open);
   if (open->met++ % open->every != 0) return plain();
   CheckpointOptions options = open->options;
-  std::unique_ptr<BlockPlan, void (*)(BlockPlan*)> planned(
-      nullptr, [](BlockPlan* plan) { plan->ended(); });
+  std::unique_ptr<BlockPlan, void (*)(BlockPlan*)> planned(nullptr,
+                                                           [](BlockPlan* plan) { plan->ended(); });
   if (open->plan != nullptr) {
     const BlockChoice choice = open->plan->began(detail::tensors_in(inputs...));
     planned.reset(open->plan.get());

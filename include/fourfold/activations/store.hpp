@@ -285,15 +285,15 @@ std::shared_ptr<door::Saved> BasicActivationStore<T>::hold(const at::Tensor& ten
   pack = detail::pack_within(tolerance, pack, options_);
   SavedPlan::Choice choice;
   if (options_.plan != nullptr && tape != nullptr && !exact)
-    choice = detail::ask_plan(*options_.plan, tensor, pack != options_.pack, pack != nullptr,
-                              *tape);
+    choice =
+        detail::ask_plan(*options_.plan, tensor, pack != options_.pack, pack != nullptr, *tape);
   if (choice.pack != nullptr) pack = choice.pack;
   // A plan that was not asked (of what is exact, or is saved in backward) has counted it in memory.
   const bool may_offload = options_.plan == nullptr || choice.watch != nullptr;
   const Stored stored = choice.keep      ? nullptr
                         : choice.offload ? encoder_.offloaded(tensor, extent)
                                          : encoder_.encode(tensor, extent, pack, tape, may_offload,
-                                                            /*may_rebuild=*/!choice.code);
+                                                           /*may_rebuild=*/!choice.code);
   if (stored == nullptr) return keep(tensor, tape, /*written=*/true, choice);
   if (choice.watch != nullptr) stored->watch(std::move(choice.watch), choice.item);
   return as(stored, std::move(view));

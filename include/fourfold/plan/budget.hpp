@@ -40,6 +40,7 @@
 #include <fourfold/plan/planner.hpp>
 #include <fourfold/weights/module_tensors.hpp>  // NamedTensors
 
+#include <algorithm>
 #include <cstdint>
 #include <memory>
 #include <optional>
@@ -64,12 +65,18 @@ struct BudgetWith {
                                                        std::int64_t bytes_saved = 0) {
     check(options, options.budget);
     std::int64_t weights = -bytes_saved;
+    std::vector<const void*> counted;  // of a module that is registered twice once
     for (const auto& [name, parameter] : parameters) {
       TORCH_CHECK(parameter.is_cpu(), "fourfold::Budget: parameter '", name, "' lies on ",
                   parameter.device(),
                   ", and bytes are counted and planned on the CPU alone so far; use the policies "
                   "without a budget there");
-      if (parameter.requires_grad()) weights += static_cast<std::int64_t>(parameter.nbytes());
+      const void* const impl = parameter.unsafeGetTensorImpl();
+      if (!parameter.requires_grad() ||
+          std::find(counted.begin(), counted.end(), impl) != counted.end())
+        continue;
+      counted.push_back(impl);
+      weights += static_cast<std::int64_t>(parameter.nbytes());
     }
     TORCH_CHECK(weights < options.budget, "fourfold::Budget: got a budget of ", options.budget,
                 " bytes, and the model's trainable parameters alone are ", weights,

@@ -30,12 +30,15 @@ template <class = void>
 /// How a version of control groups names things. A group without a limit says "max", or a number
 /// beyond every machine's.
 struct GroupFiles {
-  const char *line, *folder, *limit, *used, *files;
+  const char *line, *folder, *limit, *used, *files[2];
 };
 inline constexpr GroupFiles kGroupVersions[] = {
-    {"0::", "/sys/fs/cgroup", "/memory.max", "/memory.current", "inactive_file "},
-    {":memory:", "/sys/fs/cgroup/memory", "/memory.limit_in_bytes", "/memory.usage_in_bytes",
-     "total_inactive_file "}};
+    {"0::", "/sys/fs/cgroup", "/memory.max", "/memory.current", {"inactive_file ", "active_file "}},
+    {":memory:",
+     "/sys/fs/cgroup/memory",
+     "/memory.limit_in_bytes",
+     "/memory.usage_in_bytes",
+     {"total_inactive_file ", "total_active_file "}}};
 
 template <class = void>
 [[nodiscard]] DeviceMemory group_memory(const std::string& folder, const GroupFiles& names) {
@@ -43,8 +46,8 @@ template <class = void>
   if (!(std::ifstream(folder + names.limit) >> out.total) ||
       !(std::ifstream(folder + names.used) >> out.used))
     return {};
-  const std::int64_t files = number_after(folder + "/memory.stat", names.files);
-  out.used -= std::clamp<std::int64_t>(files, 0, out.used);
+  for (const char* const files : names.files)
+    out.used -= std::clamp<std::int64_t>(number_after(folder + "/memory.stat", files), 0, out.used);
   return out;
 }
 

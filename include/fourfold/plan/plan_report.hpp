@@ -91,11 +91,13 @@ inline void PlanReport::fill(const StepPlan& plan) {
             .sizes = storage.sizes,
             .bytes = storage.bytes};
     if (again(block)) {
-      row.way = way.kind == Way::Kind::kPack ? "sensitive codec" : name_of(way, storage, record.rungs);
+      row.way =
+          way.kind == Way::Kind::kPack ? "sensitive codec" : name_of(way, storage, record.rungs);
       row.held = way.kind == Way::Kind::kKeep   ? storage.bytes
                  : way.kind == Way::Kind::kPack ? storage.coded_bytes(storage.finest)
                                                 : 0;
-      row.saver = "block " + std::to_string(record.blocks[static_cast<std::size_t>(block)].id.number);
+      row.saver =
+          "block " + std::to_string(record.blocks[static_cast<std::size_t>(block)].id.number);
     } else {
       const Option& option =
           plan.problem().items[i].options[static_cast<std::size_t>(plan.chosen().choice[i])];

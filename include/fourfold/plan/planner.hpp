@@ -31,8 +31,7 @@ namespace fourfold::inline v0::plan {
 
 class Planner final : public SavedPlan {
  public:
-  Planner(const PlanOptions& options, Means means)
-      : options_(options), means_(std::move(means)) {}
+  Planner(const PlanOptions& options, Means means) : options_(options), means_(std::move(means)) {}
 
   void forward_began(std::uint64_t forward) override {
     const std::lock_guard lock(mutex_);
@@ -259,7 +258,8 @@ class Planner final : public SavedPlan {
     const std::vector<StoredAs> kinds = step->kinds();
     std::vector<std::size_t> failed;
     for (std::size_t i = 0; i < kinds.size(); ++i)
-      if (known_[i] && plan_->expects(i) && plan_->way(i).kind == Way::Kind::kRebuild && kinds[i] != StoredAs::kRebuilt)
+      if (known_[i] && plan_->expects(i) && plan_->way(i).kind == Way::Kind::kRebuild &&
+          kinds[i] != StoredAs::kRebuilt)
         failed.push_back(i);
     plan_->cannot_rebuild(failed);
     // One in a hundred may hide behind another choice: a result on the way to a rebuilt one.

@@ -29,9 +29,9 @@ struct Rung {
 
 /// What the pipeline's policies offer a plan.
 struct Means {
-  std::vector<Rung> rungs{};               ///< empty: nothing is rounded
-  PackFunction sensitive = nullptr;        ///< also for the inputs of blocks
-  std::shared_ptr<Offloading> offload{};   ///< null: nothing leaves memory
+  std::vector<Rung> rungs{};              ///< empty: nothing is rounded
+  PackFunction sensitive = nullptr;       ///< also for the inputs of blocks
+  std::shared_ptr<Offloading> offload{};  ///< null: nothing leaves memory
 };
 
 /// How a storage is held.
@@ -62,7 +62,7 @@ struct RungEstimate {
 
 struct StorageRecord {
   StorageId id;
-  std::string producer{}, saver{};  ///< operators: who made it, who saved it first
+  std::string producer{}, saver{};    ///< operators: who made it, who saved it first
   std::vector<std::int64_t> sizes{};  ///< of the first tensor of it that was saved
   at::ScalarType dtype = at::kFloat;
   std::int64_t bytes = 0;  ///< of the storage, if it is kept
@@ -95,7 +95,8 @@ struct StorageRecord {
                                           : std::max<std::size_t>(rungs.size(), measured);
       for (std::size_t i = count; i-- > 0;) out.push_back({Way::Kind::kPack, i});
     }
-    if (kind == StoredAs::kOffloaded || ((measured || kind == StoredAs::kRebuilt) && offload_ms >= 0))
+    if (kind == StoredAs::kOffloaded ||
+        ((measured || kind == StoredAs::kRebuilt) && offload_ms >= 0))
       out.push_back({Way::Kind::kOffload});
     return out;
   }
@@ -150,7 +151,7 @@ struct StorageRecord {
 
 /// How a block is held.
 struct BlockWay {
-  bool recompute = false;             ///< else storage by storage
+  bool recompute = false;              ///< else storage by storage
   Way::Kind input = Way::Kind::kKeep;  ///< kKeep, kPack (by the sensitive codec) or kOffload
   bool reference = false;  ///< what its second run saves is kept as it is until it is read
 };
@@ -158,10 +159,10 @@ struct BlockWay {
 /// A block as it ran: fourfold::block(), or a child of a Sequential.
 struct BlockRecord {
   BlockId id;
-  std::vector<std::size_t> inputs{};    ///< storages
-  int first = 0, last = 0;              ///< positions of its forward
-  int again = -1;                       ///< where its second run would be; -1: it saved nothing
-  double ms = 0;                        ///< its forward, without what the codecs took
+  std::vector<std::size_t> inputs{};  ///< storages
+  int first = 0, last = 0;            ///< positions of its forward
+  int again = -1;                     ///< where its second run would be; -1: it saved nothing
+  double ms = 0;                      ///< its forward, without what the codecs took
 };
 
 struct StepRecord {

@@ -241,8 +241,7 @@ class Recorder {
   }
   [[nodiscard]] bool is_input(std::size_t item, int block) const {
     if (block < 0) return false;
-    const std::vector<std::size_t>& inputs =
-        record_.blocks[static_cast<std::size_t>(block)].inputs;
+    const std::vector<std::size_t>& inputs = record_.blocks[static_cast<std::size_t>(block)].inputs;
     return std::find(inputs.begin(), inputs.end(), item) != inputs.end();
   }
   void add(const StorageId& id, const SavedStorage& storage) {

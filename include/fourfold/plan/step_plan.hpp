@@ -54,8 +54,8 @@ class StepPlan {
     return -1;
   }
   [[nodiscard]] const BlockWay& block_way(std::size_t block) const {
-    return block_ways_[block][static_cast<std::size_t>(
-        chosen_.choice[record_.storages.size() + block])];
+    return block_ways_[block]
+                      [static_cast<std::size_t>(chosen_.choice[record_.storages.size() + block])];
   }
   [[nodiscard]] const Option& block_option(std::size_t block) const {
     const std::size_t item = record_.storages.size() + block;
@@ -75,8 +75,7 @@ class StepPlan {
     const int block = block_of(storage);
     const bool again = block >= 0 && block_way(static_cast<std::size_t>(block)).recompute;
     if (!again) return !record_.storages[storage].input_alone;
-    const std::vector<std::size_t>& inputs =
-        record_.blocks[static_cast<std::size_t>(block)].inputs;
+    const std::vector<std::size_t>& inputs = record_.blocks[static_cast<std::size_t>(block)].inputs;
     return std::find(inputs.begin(), inputs.end(), storage) != inputs.end();
   }
 
@@ -144,7 +143,6 @@ class StepPlan {
   }
 
  private:
-
   void remake() {
     problem_ = problem_of(record_, gradients_);
     block_ways_.clear();

@@ -28,8 +28,8 @@ class BasicBlockOptions {
     end_ = block_.again;
     for (std::size_t i = 0; i < record.storages.size(); ++i) {
       const StorageRecord& one = record.storages[i];
-      const bool input = std::find(block_.inputs.begin(), block_.inputs.end(), i) !=
-                         block_.inputs.end();
+      const bool input =
+          std::find(block_.inputs.begin(), block_.inputs.end(), i) != block_.inputs.end();
       if (input && (one.block == number_ || one.input_alone)) inputs_.push_back(&one);
       if (one.block != number_ || one.input_alone) continue;
       end_ = std::max(end_, one.kept.last);
@@ -199,8 +199,8 @@ template <class = void>
   std::int64_t running = 0;
   const std::int64_t more = present - record.base_gradients;
   for (std::size_t p = 0; p < record.bytes.size(); ++p)
-    out.fixed[p] += (running += change[p]) -
-                    std::min(more, std::max<std::int64_t>(record.gradients[p], 0));
+    out.fixed[p] +=
+        (running += change[p]) - std::min(more, std::max<std::int64_t>(record.gradients[p], 0));
   return out;
 }
 

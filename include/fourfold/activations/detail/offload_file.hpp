@@ -126,8 +126,8 @@ class OffloadFile {
 
   int file_ = -1;
   std::int64_t end_ = 0;
-  std::int64_t length_ = 0;  // at most: of the file
-  std::int64_t needed_ = 0;  // the largest end_ since it was 0
+  std::int64_t length_ = 0;                    // at most: of the file
+  std::int64_t needed_ = 0;                    // the largest end_ since it was 0
   std::map<std::int64_t, std::int64_t> gaps_;  // offset, bytes; never two that touch
 };
 

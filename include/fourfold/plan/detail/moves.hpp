@@ -243,7 +243,7 @@ class Moves {
         if (o == before) continue;
         const Option& from = option_of(i, before);
         const Option& to = option_of(i, o);
-        if ( problem_.cost(to) - problem_.cost(from) >= gain * (1 - 1e-9) ||
+        if (problem_.cost(to) - problem_.cost(from) >= gain * (1 - 1e-9) ||
             (over > 0 && at(from, worst) - at(to, worst) < over) ||
             variance_ - from.variance + to.variance > most_variance_)
           continue;
