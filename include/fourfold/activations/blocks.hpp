@@ -83,7 +83,8 @@ std::vector<at::Tensor> tensors_in(const Inputs&... inputs) {
 
 }  // namespace detail
 
-/// Blocks met on the thread that made it are checkpoints while it lives. The innermost one counts.
+/// Blocks met on the thread that made it are checkpoints while it lives, or those that `plan` says.
+/// The innermost one counts.
 template <class = void>
 class [[nodiscard]] BasicBlocksScope {
  public:

@@ -8,7 +8,7 @@
 /// anew where that leaves room or takes some away. A step is known by what it saves: operators in
 /// their order and sizes. One that differs from its first storage on is recorded at once or has a
 /// plan already; where it differs later on, the rest of it is held as small as can be, and the next
-/// one is recorded.
+/// one is recorded. A block that no plan knows is computed again.
 #include <c10/util/Exception.h>
 #include <fourfold/activations/saved_plan.hpp>
 #include <fourfold/core/plan_options.hpp>
@@ -95,7 +95,8 @@ class Planner final : public SavedPlan {
     const std::ptrdiff_t at = found([&] { return plan_->find(met); });
     if (at < 0) return {.recompute = true, .token = step_->token()};
     const BlockWay& way = plan_->block_way(static_cast<std::size_t>(at));
-    return {.recompute = way.recompute, .reference = way.reference, .token = step_->token()};
+    if (!way.recompute) return {};
+    return {.recompute = true, .reference = way.reference, .token = step_->token()};
   }
   void block_ended(std::uint64_t told) noexcept override {
     const std::lock_guard lock(mutex_);

@@ -86,18 +86,11 @@ class StepPlan {
   /// `notches` points of the trade-off curve.
   void choose(std::int64_t room, std::int64_t budget, int notches) {
     // Until it was measured, and where it was: what it may be wrong by.
-    const std::int64_t margin = steps_ == 0 ? budget / 50 : budget / 500;
-    std::int64_t most = room - correction_ - margin;
-    if (notches > 0) most = std::min(most, cheaper(most, notches));
-    most = std::max(most, smallest_.peak);
-    if (solved_ && chosen_.peak <= most && (chosen_.cost == 0 || most - most_ <= budget / 200))
-      return;
-    chosen_ = solve(problem_, most, most_variance_);
-    if (!chosen_.feasible) chosen_ = smallest_;
-    // The solver is good, not exact: never worse than what everybody does by hand.
-    if (every_block_ && every_block_->peak <= most && every_block_->cost < chosen_.cost)
-      chosen_ = *every_block_;
-    most_ = most, solved_ = true;
+    solve_within(room - correction_ - (steps_ == 0 ? budget / 50 : budget / 500), budget, notches);
+    // What a block keeps for its second run beside its inputs (statistics that it wrote) is in no
+    // record: until such a plan was measured, room for it.
+    if (steps_ > 0 && blocks_again() > blocks_measured_)
+      solve_within(room - correction_ - budget / 100, budget, notches);
   }
 
   /// Above what lived when the step began.
@@ -116,6 +109,7 @@ class StepPlan {
     else if (!exceeded_)
       correction_ = std::max(difference, last_difference_.value_or(difference));
     last_difference_ = difference;
+    blocks_measured_ = std::max(blocks_measured_, blocks_again());
     ++steps_;
   }
   /// Storages that were to be computed again could not be: they are kept from now on.
@@ -156,6 +150,23 @@ class StepPlan {
     least_measured_ = 0, solved_ = false;
     curve_.clear();
   }
+  void solve_within(std::int64_t most, std::int64_t budget, int notches) {
+    if (notches > 0) most = std::min(most, cheaper(most, notches));
+    most = std::max(most, smallest_.peak);
+    if (solved_ && chosen_.peak <= most && (chosen_.cost == 0 || most - most_ <= budget / 200))
+      return;
+    chosen_ = solve(problem_, most, most_variance_);
+    if (!chosen_.feasible) chosen_ = smallest_;
+    // The solver is good, not exact: never worse than what everybody does by hand.
+    if (every_block_ && every_block_->peak <= most && every_block_->cost < chosen_.cost)
+      chosen_ = *every_block_;
+    most_ = most, solved_ = true;
+  }
+  [[nodiscard]] std::ptrdiff_t blocks_again() const {
+    std::ptrdiff_t count = 0;
+    for (std::size_t b = 0; b < record_.blocks.size(); ++b) count += block_way(b).recompute;
+    return count;
+  }
   /// Block checkpointing: all kept, but what blocks save, which are computed again as they are.
   [[nodiscard]] std::vector<int> every_block() const {
     std::vector<int> choice(problem_.items.size(), 0);
@@ -186,6 +197,7 @@ class StepPlan {
   std::int64_t most_ = 0, correction_ = 0, least_measured_ = 0;
   std::optional<std::int64_t> last_difference_;
   int steps_ = 0;
+  std::ptrdiff_t blocks_measured_ = 0;  // computed again, at most, in a step that was measured
   bool solved_ = false, exceeded_ = false;
 };
 
