@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <iterator>
 #include <optional>
 #include <string_view>
 #include <unordered_map>
@@ -79,8 +80,12 @@ class StepPlan {
     return std::find(inputs.begin(), inputs.end(), storage) != inputs.end();
   }
 
-  /// The least that such a step needs above what lives when it begins.
-  [[nodiscard]] std::int64_t least() const { return std::max(smallest_.peak, least_measured_); }
+  /// The least that such a step needs above what lives when it begins. Of blocks that are computed
+  /// again, with a hundredth for what they keep beside their inputs, as choose().
+  [[nodiscard]] std::int64_t least() const {
+    const std::int64_t room = blocks_again(smallest_) > 0 ? smallest_.peak / 100 : 0;
+    return std::max(smallest_.peak + room, least_measured_);
+  }
 
   /// Chooses for a step that may need `room` bytes above what lives when it begins, at the cost of
   /// `notches` points of the trade-off curve.
@@ -89,7 +94,7 @@ class StepPlan {
     solve_within(room - correction_ - (steps_ == 0 ? budget / 50 : budget / 500), budget, notches);
     // What a block keeps for its second run beside its inputs (statistics that it wrote) is in no
     // record: until such a plan was measured, room for it.
-    if (steps_ > 0 && blocks_again() > blocks_measured_)
+    if (steps_ > 0 && blocks_again(chosen_) > blocks_measured_)
       solve_within(room - correction_ - budget / 100, budget, notches);
   }
 
@@ -109,7 +114,7 @@ class StepPlan {
     else if (!exceeded_)
       correction_ = std::max(difference, last_difference_.value_or(difference));
     last_difference_ = difference;
-    blocks_measured_ = std::max(blocks_measured_, blocks_again());
+    blocks_measured_ = std::max(blocks_measured_, blocks_again(chosen_));
     ++steps_;
   }
   /// Storages that were to be computed again could not be: they are kept from now on.
@@ -162,10 +167,9 @@ class StepPlan {
       chosen_ = *every_block_;
     most_ = most, solved_ = true;
   }
-  [[nodiscard]] std::ptrdiff_t blocks_again() const {
-    std::ptrdiff_t count = 0;
-    for (std::size_t b = 0; b < record_.blocks.size(); ++b) count += block_way(b).recompute;
-    return count;
+  [[nodiscard]] std::ptrdiff_t blocks_again(const Solution& of) const {
+    const auto first = of.choice.begin() + std::ssize(record_.storages);
+    return std::count_if(first, of.choice.end(), [](int way) { return way != 0; });
   }
   /// Block checkpointing: all kept, but what blocks save, which are computed again as they are.
   [[nodiscard]] std::vector<int> every_block() const {
