@@ -91,7 +91,8 @@ struct BasicPipelineState {
   std::shared_ptr<ActivationStore> store;
   door::GradientHooks gradient_tags;
   SequentialBlocks wrapped_blocks;
-  int block_every = 0;  ///< 0: blocks are not recomputed
+  int block_every = 0;                    ///< 0: blocks are not recomputed
+  std::shared_ptr<BlockPlan> block_plan;  ///< a budget's; null: each of them is
   std::int64_t blocks_met = 0;
   bool left = false;  ///< a scope was left, so blocks_met tells something
   std::int64_t scopes = 0;
@@ -113,7 +114,8 @@ class [[nodiscard]] BasicPipelineScope {
  public:
   explicit BasicPipelineScope(std::shared_ptr<detail::PipelineState> state)
       : state_(std::move(state)), saved_(state_->store), operators_(state_->store->activate()) {
-    if (state_->block_every > 0) blocks_.emplace(state_->block_every);
+    if (state_->block_every > 0)
+      blocks_.emplace(state_->block_every, CheckpointOptions{}, state_->block_plan);
     if (state_->precision != nullptr) precision_ = state_->precision();
     ++state_->scopes;
     if (!at::GradMode::is_enabled()) ++state_->without_gradients;
@@ -227,6 +229,9 @@ class CompressionPipeline {
       if (std::string bits = state_->store->plan()->explain(); !bits.empty())
         ledger.notes.push_back(std::move(bits));
     if (const std::string why = explain(); !why.empty()) ledger.notes.push_back(why);
+    if constexpr (kHas<Role::kOffload>)
+      if (const std::string note = state_->store->offload()->note(); !note.empty())
+        ledger.notes.push_back(note);
     return ledger;
   }
 
@@ -276,6 +281,15 @@ class CompressionPipeline {
     return optimizer;
   }
 
+  /// What holding weights in fewer bits will save.
+  template <class Precision>
+  static std::int64_t bytes_saved_by(const torch::nn::Module& module) {
+    if constexpr (requires { Precision::bytes_saved(module); })
+      return Precision::bytes_saved(module);
+    else
+      return 0;
+  }
+
   [[nodiscard]] SavedPlan& budgeted() const {
     TORCH_CHECK(state_->store->plan() != nullptr,
                 "CompressionPipeline: it was made without a budget, so there is no plan; make it "
@@ -294,7 +308,7 @@ class CompressionPipeline {
       if (plan != nullptr)
         options.plan = PolicyOf<Role::kBudget>::template make<PolicyOf<Role::kActivations>>(
             *plan, kHas<Role::kWeights> ? NamedTensors{} : parameters_of(model, "Budget"),
-            options.offload);
+            options.offload, bytes_saved_by<PolicyOf<Role::kPrecision>>(module));
     if constexpr (kHas<Role::kBlocks>) {  // first: it undoes itself, and packing rounds
       state_->block_every = PolicyOf<Role::kBlocks>::every;
       state_->wrapped_blocks = wrap_sequential_blocks(module);
@@ -341,6 +355,8 @@ class CompressionPipeline {
       options.recompute = operator_names<typename PolicyOf<Role::kRecompute>::Operators>();
     state_->store = ActivationStore::make(std::move(options));
     state_->store->keep_storages(weights);
+    if constexpr (kHas<Role::kBudget> && kHas<Role::kBlocks>)
+      if (plan != nullptr) state_->block_plan = PolicyOf<Role::kBudget>::blocks(state_->store);
   }
 
   std::shared_ptr<detail::PipelineState> state_ = std::make_shared<detail::PipelineState>();

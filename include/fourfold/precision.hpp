@@ -128,14 +128,7 @@ struct Precision {
   /// Converts what `model` holds in T. Gives what that took from the weights, if `keep` says so.
   static std::vector<RoundedWeight> convert(torch::nn::Module& model, bool keep = false) {
     std::vector<RoundedWeight> rounded;
-    if constexpr (std::is_same_v<Held, NoWeights>) return rounded;
-    std::vector<std::pair<std::string, at::Tensor>> chosen;
-    std::vector<at::Tensor> kept;  // a weight tied to an embedding's is the embedding's
-    choose(model, "", chosen, kept);
-    std::erase_if(chosen, [&](const auto& one) {
-      return std::any_of(kept.begin(), kept.end(),
-                         [&](const at::Tensor& p) { return p.is_same(one.second); });
-    });
+    auto chosen = held(model);
     for (const auto& [name, p] : chosen)
       TORCH_CHECK(!p.grad().defined(), "Precision<> holds weights in ", kType, ", but '", name,
                   "' has a gradient of ", p.scalar_type(),
@@ -153,6 +146,14 @@ struct Precision {
     }
     return rounded;
   }
+  /// Of the trainable weights' bytes, by convert().
+  [[nodiscard]] static std::int64_t bytes_saved(const torch::nn::Module& model) {
+    std::int64_t bytes = 0;
+    for (const auto& [name, p] : held(model))
+      if (p.requires_grad())
+        bytes += p.numel() * static_cast<std::int64_t>(p.element_size() - sizeof(T));
+    return bytes;
+  }
 
  private:
   /// x as T and the rest. In bf16 a tie is rounded away from zero, as ErrorCorrection has it.
@@ -166,6 +167,19 @@ struct Precision {
       const at::Tensor weight = upper.view(at::kFloat).to(at::kBFloat16);  // exact
       return {weight, bits.sub(upper).to(at::kShort).view(at::kBFloat16)};
     }
+  }
+  /// Each parameter once, whatever it is tied to.
+  [[nodiscard]] static std::vector<std::pair<std::string, at::Tensor>> held(
+      const torch::nn::Module& model) {
+    std::vector<std::pair<std::string, at::Tensor>> chosen;
+    if constexpr (std::is_same_v<Held, NoWeights>) return chosen;
+    std::vector<at::Tensor> kept;  // a weight tied to an embedding's is the embedding's
+    choose(model, "", chosen, kept);
+    std::erase_if(chosen, [&](const auto& one) {
+      return std::any_of(kept.begin(), kept.end(),
+                         [&](const at::Tensor& p) { return p.is_same(one.second); });
+    });
+    return chosen;
   }
   static void choose(const torch::nn::Module& module, const std::string& prefix,
                      std::vector<std::pair<std::string, at::Tensor>>& chosen,
@@ -181,7 +195,9 @@ struct Precision {
       const at::Tensor& p = one.value();
       if (!p.defined() || door::is_packed(p)) continue;
       if (embeds && !std::is_same_v<Held, AllWeights>) kept.push_back(p);
-      if (multiplies && (p.scalar_type() == at::kFloat || p.scalar_type() == at::kDouble))
+      const bool known = std::any_of(chosen.begin(), chosen.end(),
+                                     [&](const auto& other) { return other.second.is_same(p); });
+      if (multiplies && !known && (p.scalar_type() == at::kFloat || p.scalar_type() == at::kDouble))
         chosen.emplace_back(prefix + one.key(), p);
     }
     for (const auto& child : module.named_children())

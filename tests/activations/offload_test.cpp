@@ -12,11 +12,15 @@
 #include <sys/resource.h>
 #include <torch/torch.h>
 
+#include <chrono>
 #include <cstdint>
 #include <cstring>
+#include <filesystem>
 #include <functional>
+#include <limits>
 #include <memory>
 #include <optional>
+#include <sstream>
 #include <string>
 #include <thread>
 #include <vector>
@@ -239,6 +243,120 @@ TEST(Offload, AFullDiskCostsNoStep) {
   const Trained ours = train<Exactly>(2);
   ::setrlimit(RLIMIT_FSIZE, &before);
   expect_equal(ours, plain);
+}
+
+/// A gradient that never comes.
+struct Fails : torch::autograd::Function<Fails> {
+  static torch::Tensor forward(torch::autograd::AutogradContext*, torch::Tensor x) { return x; }
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext*,
+                                                 torch::autograd::variable_list) {
+    TORCH_CHECK(false, "in backward");
+    return {};
+  }
+};
+/// Pieces whose reading ahead is under way live until it is done.
+void expect_all_freed(const FileOffloading& file) {
+  for (int i = 0; i < 1000 && file.counts().file_bytes > 0; ++i)
+    std::this_thread::sleep_for(std::chrono::milliseconds(5));
+  EXPECT_EQ(file.counts().file_bytes, 0);
+  EXPECT_EQ(file.counts().waiting_bytes, 0);
+}
+
+TEST(Offload, AnErrorInForwardOrBackwardFreesAllAndTheNextStepWorks) {
+  for (const std::int64_t flight : {std::int64_t{0}, kFlight, std::int64_t{1} << 30}) {
+    const auto [file, store] = offloading(flight);
+    auto model = net();
+    model->eval();
+    const auto x = torch::randn({512, 64});
+    const auto gradient = [&](const auto& run) {
+      model->zero_grad();
+      run().backward();
+      return model->parameters()[0].grad().clone();
+    };
+    const auto loss = [&] { return model->forward(x).square().mean(); };
+    const auto expected = gradient(loss);
+    model->zero_grad();
+    const Meter meter;
+    const std::int64_t before = meter.bytes().current;
+    const auto clean = [&] {
+      expect_all_freed(*file);
+      model->zero_grad();
+      EXPECT_EQ(store->held_bytes().current, 0);
+      EXPECT_EQ(meter.bytes().current, before);
+    };
+    EXPECT_THAT(message_of([&] {
+                  within(store, [&] {
+                    const auto kept = loss();
+                    TORCH_CHECK(false, "in the middle of forward");
+                    return kept;
+                  });
+                }),
+                HasSubstr("in the middle of forward"));
+    clean();
+    {
+      // Half of it is read back when the error comes.
+      const auto y = within(store, [&] {
+        const auto first = model->forward(x);
+        return model->forward(Fails::apply(first.mean() + x)).square().mean();
+      });
+      EXPECT_THAT(message_of([&] { y.backward(); }), HasSubstr("in backward"));
+    }
+    clean();
+    EXPECT_TRUE(torch::equal(gradient([&] { return within(store, loss); }), expected));
+    clean();
+  }
+}
+
+TEST(Offload, NotANumberComesBackAsItWas) {
+  const auto [file, store] = offloading();
+  auto x = torch::randn({64, 64});
+  x[3][5] = std::numeric_limits<float>::quiet_NaN();
+  x[7][1] = std::numeric_limits<float>::infinity();
+  const auto leaf = x.requires_grad_();
+  const auto run = [&] { return (leaf * 1).tanh().exp().sum(); };
+  const auto ours = torch::autograd::grad({within(store, run)}, {leaf})[0];
+  EXPECT_EQ(file->counts().written, 2);
+  EXPECT_TRUE(torch::equal(ours.isnan(), torch::autograd::grad({run()}, {leaf})[0].isnan()));
+  EXPECT_TRUE(
+      torch::equal(ours.nan_to_num(), torch::autograd::grad({run()}, {leaf})[0].nan_to_num()));
+}
+
+TEST(Offload, ShapesThatChangeEachStep) {
+  const auto [file, store] = offloading(kFlight);
+  auto model = net();
+  model->eval();
+  for (int step = 0; step < 12; ++step) {
+    const auto x = torch::randn({64 * (1 + (5 * step) % 11), 64});
+    const auto gradient = [&](const torch::Tensor& loss) {
+      return torch::autograd::grad({loss}, {model->parameters()[0]})[0];
+    };
+    const auto run = [&] { return model->forward(x).square().mean(); };
+    EXPECT_TRUE(torch::equal(gradient(within(store, run)), gradient(run()))) << step;
+  }
+  expect_all_freed(*file);
+}
+
+struct InMemory {
+  static OffloadOptions options() { return {.directory = "/dev/shm", .min_bytes = 1 << 14}; }
+};
+TEST(Offload, ADirectoryThatIsMemoryIsToldInTheReport) {
+  struct ::statfs system;
+  if (::statfs("/dev/shm", &system) != 0 || system.f_type != TMPFS_MAGIC)
+    GTEST_SKIP() << "/dev/shm is no tmpfs here";
+  auto model = net();
+  const auto words = [](const auto& pipeline) {
+    std::ostringstream text;
+    text << pipeline.report();
+    return text.str();
+  };
+  EXPECT_THAT(
+      words(CompressionPipeline<Offload<InMemory>>(*model)),
+      HasSubstr("Offload<>: '/dev/shm' is memory itself (tmpfs), so what is offloaded there "
+                "saves none and is not counted; name a directory on a disk"));
+  if (::statfs(std::filesystem::temp_directory_path().c_str(), &system) == 0 &&
+      system.f_type != TMPFS_MAGIC) {
+    EXPECT_THAT(words(Exactly(*model)), ::testing::Not(HasSubstr("tmpfs")));
+  }
 }
 
 struct Nowhere {

@@ -33,6 +33,13 @@ std::vector<Piece> put(Offloader& offloader, int count) {
   return pieces;
 }
 
+/// All room is free, as soon as no piece is being read ahead.
+void expect_empty(const Offloader& offloader) {
+  for (int i = 0; i < 1000 && offloader.counts().file_bytes > 0; ++i)
+    std::this_thread::sleep_for(std::chrono::milliseconds(5));
+  EXPECT_EQ(offloader.counts().file_bytes, 0);
+}
+
 TEST(Offloader, ADirectoryThatCannotBeWrittenToIsRefused) {
   EXPECT_THAT(
       message_of([] { const Offloader offloader({.directory = "/no/such/place"}); }),
@@ -100,7 +107,7 @@ TEST(Offloader, ReadsAheadInTheReverseOrder) {
   const fourfold::OffloadCounts counts = offloader.counts();
   EXPECT_EQ(counts.read, 28);
   EXPECT_GE(counts.read_ahead, 20);
-  EXPECT_EQ(counts.file_bytes, 0);  // all room is free again
+  expect_empty(offloader);  // all room is free again
 }
 
 TEST(Offloader, TheFileGrowsNoFurtherStepByStep) {
@@ -114,7 +121,7 @@ TEST(Offloader, TheFileGrowsNoFurtherStepByStep) {
     }
     EXPECT_LE(offloader.counts().file_bytes, 10 * kPiece);
   }
-  EXPECT_EQ(offloader.counts().file_bytes, 0);
+  expect_empty(offloader);
 }
 
 TEST(Offloader, PiecesThatGoUnreadFreeTheirRoom) {
@@ -127,9 +134,7 @@ TEST(Offloader, PiecesThatGoUnreadFreeTheirRoom) {
   for (int i = 9; i >= 0; --i) EXPECT_TRUE(torch::equal(pieces[i]->get(), numbered(i)));
   pieces.clear();
   offloader.settle();
-  for (int i = 0; i < 1000 && offloader.counts().file_bytes > 0; ++i)  // one may be read just now
-    std::this_thread::sleep_for(std::chrono::milliseconds(5));
-  EXPECT_EQ(offloader.counts().file_bytes, 0);
+  expect_empty(offloader);
   EXPECT_EQ(offloader.counts().waiting_bytes, 0);
 }
 

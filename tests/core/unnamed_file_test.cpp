@@ -7,9 +7,14 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <linux/magic.h>
+#include <sys/stat.h>
+#include <sys/vfs.h>
+
 #include <cerrno>
 #include <filesystem>
 #include <string>
+#include <vector>
 
 namespace {
 
@@ -31,6 +36,47 @@ TEST(UnnamedFile, RoomIsUsedAgain) {
   EXPECT_EQ(file.size(), 60);
   file.free(30, 30);
   EXPECT_EQ(file.size(), 0);
+}
+
+/// The disk's blocks behind the only file without a name that this process has in `directory`.
+std::int64_t bytes_on_disk(const std::string& directory) {
+  for (const auto& entry : std::filesystem::directory_iterator("/proc/self/fd")) {
+    std::error_code error;
+    const auto target = std::filesystem::read_symlink(entry.path(), error).string();
+    struct ::stat status;
+    if (target.starts_with(directory) && ::stat(entry.path().c_str(), &status) == 0)
+      return status.st_blocks * 512;
+  }
+  return -1;
+}
+
+TEST(UnnamedFile, ALargeStepsRoomGoesWithTheNextOne) {
+  const Directory directory;
+  UnnamedFile file(directory.path, "who", "option");
+  const std::vector<char> values(1 << 20, 'x');
+  const auto step = [&](std::int64_t pieces) {
+    for (std::int64_t i = 0; i < pieces; ++i)
+      EXPECT_EQ(file.write(values.data(), 1 << 20, file.allocate(1 << 20)), 0);
+    const std::int64_t most = bytes_on_disk(directory.path);
+    for (std::int64_t i = pieces; i-- > 0;) file.free(i << 20, 1 << 20);
+    return most;
+  };
+  EXPECT_GE(step(8), 8 << 20);
+  EXPECT_GE(bytes_on_disk(directory.path), 8 << 20) << "kept for a step that is like it";
+  EXPECT_GE(step(8), 8 << 20);
+  step(2);
+  EXPECT_LE(bytes_on_disk(directory.path), 3 << 20);
+  EXPECT_GE(step(5), 5 << 20);
+  step(0);
+  EXPECT_LE(bytes_on_disk(directory.path), 6 << 20);
+}
+
+TEST(UnnamedFile, ADirectoryThatIsMemoryIsKnown) {
+  EXPECT_FALSE(UnnamedFile(std::filesystem::current_path(), "who", "option").in_memory());
+  struct ::statfs system;
+  if (::statfs("/dev/shm", &system) != 0 || system.f_type != TMPFS_MAGIC)
+    GTEST_SKIP() << "/dev/shm is no tmpfs here";
+  EXPECT_TRUE(UnnamedFile("/dev/shm", "who", "option").in_memory());
 }
 
 TEST(UnnamedFile, LeavesNothingInItsDirectory) {

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <fourfold/pipeline.hpp>
 #include <fourfold/plan/budget.hpp>
+#include <fourfold/precision.hpp>
 
 #include "../pipeline/models.hpp"
 #include "../support/message_of.hpp"
@@ -113,7 +114,7 @@ void expect_budgets_obeyed(const std::function<Case()>& make) {
   }
   const Case model = seeded(make);
   SCOPED_TRACE(model.name);
-  Pipeline pipeline(*model.module, {.budget = kNoLimit});
+  Pipeline pipeline(*model.module, {.budget = kNoLimit, .high_water = 0});
   const std::int64_t first = step(pipeline, model);
   const std::int64_t all = step(pipeline, model);
   EXPECT_EQ(all, plain) << "with room for everything, everything is kept";
@@ -152,7 +153,7 @@ TEST(Budget, IsObeyedByExactChoicesToo) {
 
 TEST(Budget, IsObeyedWithAnOptimizerAndAccumulatedGradients) {
   const Case model = seeded(encoder);
-  Planned pipeline(*model.module, {.budget = kNoLimit});
+  Planned pipeline(*model.module, {.budget = kNoLimit, .high_water = 0});
   const auto optimizer = pipeline.optimizer(torch::optim::AdamWOptions(1e-3));
   const Meter meter;
   const auto train = [&](std::int64_t budget) {
@@ -197,7 +198,9 @@ TEST(Budget, ExactChoicesAreBitEqualOverTwentySteps) {
     };
     const auto plain = losses([](nn::Module& module) { return Plain(module); }, [](auto&, int) {});
     const auto planned = losses(
-        [](nn::Module& module) { return ExactPlanned(module, {.budget = kNoLimit}); },
+        [](nn::Module& module) {
+          return ExactPlanned(module, {.budget = kNoLimit, .high_water = 0});
+        },
         [](ExactPlanned& pipeline, int i) {
           if (i % 5 != 1) return;
           const auto plan = pipeline.plan();  // another budget, in between
@@ -229,9 +232,28 @@ TEST(Budget, ErrorsSayWhatCameAndWhatIsWanted) {
   EXPECT_THAT(message_of([&] { pipeline.set_budget(-1); }), HasSubstr("got a budget of -1 bytes"));
 }
 
+TEST(Budget, WeightsCountAsTheyWillBeHeld) {
+  using fourfold::AllWeights, fourfold::BFloat16, fourfold::Precision;
+  using Whole = CompressionPipeline<Precision<BFloat16>, Recompute<CheapOps>, Budget<>>;
+  using Halved =
+      CompressionPipeline<Precision<BFloat16, AllWeights>, Recompute<CheapOps>, Budget<>>;
+  nn::Linear shared(512, 512);
+  nn::Sequential net(nn::Linear(512, 512), shared, shared);  // tied: counted once, halved once
+  const std::int64_t bytes = 2 * (512 * 512 + 512) * 4;
+  const auto refused = HasSubstr("the model's trainable parameters alone are " +
+                                 std::to_string(bytes) + "; give more");
+  const PlanOptions between{.budget = bytes * 3 / 4};
+  EXPECT_THAT(message_of([&] { const Whole pipeline(*net, between); }), refused);
+  EXPECT_THAT(message_of([&] { const Halved pipeline(*net, {.budget = bytes / 2}); }),
+              HasSubstr("parameters alone are " + std::to_string(bytes / 2)));
+  EXPECT_EQ(shared->weight.scalar_type(), torch::kFloat) << "a refusal changes nothing";
+  const Halved pipeline(*net, between);
+  EXPECT_EQ(shared->weight.scalar_type(), torch::kBFloat16);
+}
+
 TEST(Budget, BelowTheLeastIsRefusedAndTheLeastIsNamed) {
   const Case model = seeded(encoder);
-  Planned pipeline(*model.module, {.budget = kNoLimit});
+  Planned pipeline(*model.module, {.budget = kNoLimit, .high_water = 0});
   step(pipeline, model);
   step(pipeline, model);
   const std::int64_t least = pipeline.plan().least;
@@ -249,7 +271,7 @@ TEST(Budget, BelowTheLeastIsRefusedAndTheLeastIsNamed) {
 TEST(Budget, FormsOfAStepThatChangeAreRecordedAndRemembered) {
   auto net = nn::Sequential(nn::Linear(64, 256), nn::GELU(), nn::Linear(256, 256), nn::GELU(),
                             nn::Linear(256, 8));
-  Planned pipeline(net, {.budget = kNoLimit});
+  Planned pipeline(net, {.budget = kNoLimit, .high_water = 0});
   const auto run = [&](std::int64_t rows) {
     const Meter meter;
     for (const at::Tensor& parameter : pipeline.parameters())
@@ -280,7 +302,7 @@ TEST(Budget, AStepThatTurnsIntoAnotherOneRunsAndIsRecordedNext) {
   torch::manual_seed(0);
   nn::Linear first(128, 512), wide(512, 1024), narrow(512, 64);
   auto both = nn::Sequential(first, wide, narrow);  // their parameters; it is never run
-  Planned pipeline(both, {.budget = kNoLimit});
+  Planned pipeline(both, {.budget = kNoLimit, .high_water = 0});
   const auto x = torch::randn({256, 128});
   const auto run = [&](bool is_wide) {
     auto loss = pipeline.forward([&] {
@@ -302,7 +324,7 @@ TEST(Budget, AStepThatTurnsIntoAnotherOneRunsAndIsRecordedNext) {
 
 TEST(Budget, AnErrorInForwardOrBackwardFreesAllAndTheNextStepWorks) {
   const Case model = seeded(encoder);
-  Planned pipeline(*model.module, {.budget = kNoLimit});
+  Planned pipeline(*model.module, {.budget = kNoLimit, .high_water = 0});
   step(pipeline, model), step(pipeline, model);
   const auto plan = pipeline.plan();
   const std::int64_t budget = (plan.least + plan.last.peak) / 2;
@@ -347,7 +369,7 @@ TEST(Budget, NotANumberIsCarriedThroughWhereverItComes) {
   torch::manual_seed(0);
   auto net = nn::Sequential(nn::Linear(64, 256), nn::Tanh(), nn::Linear(256, 256), nn::GELU(),
                             nn::Linear(256, 8));
-  Planned pipeline(net, {.budget = kNoLimit});
+  Planned pipeline(net, {.budget = kNoLimit, .high_water = 0});
   const auto x = torch::randn({512, 64});
   const auto run = [&](const torch::Tensor& input) {
     for (const at::Tensor& parameter : pipeline.parameters())
@@ -372,7 +394,7 @@ TEST(Budget, BackwardOnAnotherThreadAndAfterThePipeline) {
   torch::Tensor loss;
   std::int64_t budget = 0;
   {
-    Planned pipeline(*model.module, {.budget = kNoLimit});
+    Planned pipeline(*model.module, {.budget = kNoLimit, .high_water = 0});
     for (int i = 0; i < 2; ++i) step(pipeline, model);
     const auto plan = pipeline.plan();
     budget = (plan.least + plan.last.peak) / 2;
@@ -397,7 +419,7 @@ TEST(Budget, BackwardOnAnotherThreadAndAfterThePipeline) {
 
 TEST(Budget, SeveralForwardsBeforeOneBackwardAreOneStep) {
   const Case model = seeded(encoder);
-  Planned pipeline(*model.module, {.budget = kNoLimit});
+  Planned pipeline(*model.module, {.budget = kNoLimit, .high_water = 0});
   const Meter meter;
   const auto twice = [&](bool retain) {
     for (const at::Tensor& parameter : pipeline.parameters())
@@ -429,7 +451,7 @@ TEST(Budget, SeveralForwardsBeforeOneBackwardAreOneStep) {
 
 TEST(Budget, OthersOnTheDeviceMoveThePlan) {
   const Case model = seeded(encoder);
-  Planned pipeline(*model.module, {.budget = kNoLimit});
+  Planned pipeline(*model.module, {.budget = kNoLimit, .high_water = 0});
   for (int i = 0; i < 2; ++i) step(pipeline, model);
   const std::int64_t plain = pipeline.plan().last.peak;
   Planned shared(*model.module, {.budget = 2 * plain, .device_bytes = 2 * plain});

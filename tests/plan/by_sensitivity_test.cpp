@@ -450,12 +450,12 @@ TEST(BySensitivity, ShapesThatChangeAndForwardsWithoutBackwardAreNoTrouble) {
     if (i % 5 != 4) loss.backward();
     if (i % 7 == 6) {
       EXPECT_THROW(static_cast<void>(pipeline.forward([&]() -> torch::Tensor {
-        auto h = task.layers->forward(x * 1);
-    }
+                     auto h = task.layers->forward(x * 1);
                      TORCH_CHECK(false, "in the middle of forward");
                      return h;
-    })),
+                   })),
                    c10::Error);
+    }
   }
   EXPECT_FALSE(pipeline.bits().rows.empty());
 }

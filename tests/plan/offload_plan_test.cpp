@@ -75,7 +75,7 @@ void expect_budgets_obeyed(bool exact) {
   const Step plain = step(plain_pipeline, plain_model);
   plain_model = Model();
   Model model;
-  Pipeline pipeline(*model.net, {.budget = kNoLimit});
+  Pipeline pipeline(*model.net, {.budget = kNoLimit, .high_water = 0});
   for (int i = 0; i < 2; ++i) step(pipeline, model);
   const std::int64_t least = pipeline.plan().least, most = pipeline.plan().last.peak;
   ASSERT_LT(least, most);
@@ -110,8 +110,9 @@ TEST(OffloadPlan, LessCanBeMetThanWithout) {
     return pipeline.plan().least;
   };
   const std::int64_t without =
-      least([](Model& m) { return ExactPlanned(*m.net, {.budget = kNoLimit}); });
-  const std::int64_t with = least([](Model& m) { return Offloaded(*m.net, {.budget = kNoLimit}); });
+      least([](Model& m) { return ExactPlanned(*m.net, {.budget = kNoLimit, .high_water = 0}); });
+  const std::int64_t with =
+      least([](Model& m) { return Offloaded(*m.net, {.budget = kNoLimit, .high_water = 0}); });
   // Inputs of linears that no cheap operator makes again: at least one of 512 x 256 values goes.
   EXPECT_LE(with, without - 512 * 256 * 4);
 }
@@ -133,7 +134,7 @@ TEST(OffloadPlan, AFullDiskCostsNoStep) {
   Model model, other;
   Plain plain(*other.net);
   const Step expected = step(plain, other);
-  Offloaded pipeline(*model.net, {.budget = kNoLimit});
+  Offloaded pipeline(*model.net, {.budget = kNoLimit, .high_water = 0});
   for (int i = 0; i < 2; ++i) step(pipeline, model);
   const auto plan = pipeline.plan();
   pipeline.set_budget((plan.least + plan.last.peak) / 2);

@@ -6,10 +6,12 @@
 ///   x = fourfold::block(layer, x);        // in its forward; the plain call where no pipeline asks
 ///   torch::nn::Sequential layers(...);    // nothing to write: a Sequential's children are blocks
 ///
-/// (A ModuleList's children are called by the model itself: name them by block.)
+/// (A ModuleList's children are called by the model itself: name them by block, or run the list by
+/// checkpoint_sequential.) Beside Budget<> a block may be recomputed: the plan chooses which are.
 #include <torch/nn/module.h>
 #include <torch/nn/modules/container/sequential.h>
 #include <fourfold/activations/checkpoint.hpp>
+#include <fourfold/activations/saved_plan.hpp>
 #include <fourfold/core/policy.hpp>
 #include <fourfold/torch/any_module.hpp>
 #include <fourfold/torch/door_state.hpp>
@@ -17,6 +19,8 @@
 #include <atomic>
 #include <cstdint>
 #include <memory>
+#include <tuple>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -31,12 +35,21 @@ struct Blocks {
 };
 static_assert(Policy<Blocks<>>, "Blocks must stay a Policy");
 
+/// The same in words: `Checkpoint<EveryNth<2>>` recomputes every second block.
+template <int N>
+struct EveryNth {
+  static constexpr int every = N;
+};
+template <class Which = EveryNth<1>>
+using Checkpoint = Blocks<Which::every>;
+
 namespace detail {
 
 struct OpenBlocks {
   int every = 1;
   CheckpointOptions options{};
-  bool inside = false;  ///< a block runs: blocks in it belong to it
+  std::shared_ptr<BlockPlan> plan{};  ///< says which of them are recomputed; null: all
+  bool inside = false;                ///< a block runs: blocks in it belong to it
   std::int64_t met = 0, recomputed = 0;
   std::atomic<bool> closed{false};  ///< by a scope that was left on another thread, or out of order
   std::shared_ptr<OpenBlocks> outer;
@@ -59,18 +72,30 @@ std::shared_ptr<OpenBlocks>& innermost_blocks() {
   return top;
 }
 
+/// Those that a checkpoint would hold.
+template <class... Inputs>
+std::vector<at::Tensor> tensors_in(const Inputs&... inputs) {
+  std::vector<at::Tensor> tensors;
+  std::tuple<std::decay_t<Inputs>...> copies(inputs...);
+  for_each_tensor(copies, [&](at::Tensor& tensor) { tensors.push_back(tensor); });
+  return tensors;
+}
+
 }  // namespace detail
 
-/// Blocks met on the thread that made it are checkpoints while it lives. The innermost one counts.
+/// Blocks met on the thread that made it are checkpoints while it lives, or those that `plan` says.
+/// The innermost one counts.
 template <class = void>
 class [[nodiscard]] BasicBlocksScope {
  public:
-  explicit BasicBlocksScope(int every = 1, const CheckpointOptions& options = {})
+  explicit BasicBlocksScope(int every = 1, const CheckpointOptions& options = {},
+                            std::shared_ptr<BlockPlan> plan = nullptr)
       : open_(std::make_shared<detail::OpenBlocks>()) {
     TORCH_CHECK(every >= 1, "BlocksScope: got every = ", every,
                 "; give 1 to recompute each block, 2 for every second");
     open_->every = every;
     open_->options = options;
+    open_->plan = std::move(plan);
     open_->outer = std::exchange(detail::innermost_blocks(), open_);
   }
   ~BasicBlocksScope() {
@@ -105,8 +130,17 @@ auto block(Fn&& fn, Inputs&&... inputs) -> detail::BlockResult<Fn, Inputs...> {
     detail::OpenBlocks& of;
   } const inside(*open);
   if (open->met++ % open->every != 0) return plain();
+  CheckpointOptions options = open->options;
+  std::unique_ptr<BlockPlan, void (*)(BlockPlan*)> planned(nullptr,
+                                                           [](BlockPlan* plan) { plan->ended(); });
+  if (open->plan != nullptr) {
+    const BlockChoice choice = open->plan->began(detail::tensors_in(inputs...));
+    planned.reset(open->plan.get());
+    if (!choice.recompute) return plain();
+    options.reference_recomputed = choice.reference, options.token = choice.token;
+  }
   ++open->recomputed;
-  return checkpoint(open->options, std::forward<Fn>(fn), std::forward<Inputs>(inputs)...);
+  return checkpoint(options, std::forward<Fn>(fn), std::forward<Inputs>(inputs)...);
 }
 
 /// Undoes wrap_sequential_blocks when it dies. Outlives the model without harm.

@@ -176,6 +176,12 @@ class FileOffloading final : public Offloading {
     } catch (const std::exception&) {  // a warning that was made an error
     }
   }
+  [[nodiscard]] std::string note() const override {
+    if (!offloader_.in_memory()) return {};
+    return "Offload<>: '" + offloader_.options().directory +
+           "' is memory itself (tmpfs), so what is offloaded there saves none and is not counted; "
+           "name a directory on a disk in OffloadOptions::directory, or by TMPDIR";
+  }
   [[nodiscard]] OffloadCounts counts() const { return offloader_.counts(); }
   /// Of what lay on a GPU.
   [[nodiscard]] OffloadCounts host_counts() const { return host_.counts(); }

@@ -78,6 +78,8 @@ class Offloader {
   }
 
   [[nodiscard]] const OffloadOptions& options() const { return options_; }
+  /// Whether the directory is memory itself.
+  [[nodiscard]] bool in_memory() const { return state_->file.in_memory(); }
   [[nodiscard]] OffloadCounts counts() const {
     const std::lock_guard lock(state_->mutex);
     OffloadCounts out = state_->counts;

@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <string>
 
 namespace fourfold::inline v0 {
 
@@ -24,6 +25,8 @@ class Offloading {
   [[nodiscard]] virtual double cost_ms(std::int64_t bytes) = 0;
   /// A forward has ended: sources may be written to out of sight. Returns when none is being read.
   virtual void settle() noexcept = 0;
+  /// What its user should know of it, in words; empty where all is well.
+  [[nodiscard]] virtual std::string note() const { return {}; }
 };
 
 }  // namespace fourfold::inline v0

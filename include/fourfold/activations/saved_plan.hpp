@@ -31,6 +31,7 @@ struct SavedStorage {
   std::string_view saver{};     ///< the operator that saves it
   std::int64_t bytes = 0;       ///< of the whole storage
   bool sensitive = false;       ///< held by `pack_sensitive`, if it is packed
+  bool packable = false;        ///< a codec would hold it, were there no other way
   const at::Tensor* values = nullptr;  ///< what is saved of it
 };
 
@@ -43,6 +44,8 @@ class StoredWatch {
   /// Its values are about to be made again, and were: `dense` is the copy.
   virtual void decoding(std::uint32_t item) noexcept = 0;
   virtual void decoded(std::uint32_t item, const c10::Storage& dense) noexcept = 0;
+  /// Another operator saves the same values.
+  virtual void again(std::uint32_t) noexcept {}
   /// Nothing holds it any more.
   virtual void released(std::uint32_t item) noexcept = 0;
 };
@@ -61,10 +64,18 @@ struct SavingOperator {
   at::ArrayRef<Saved> saved{};
 };
 
+/// What becomes of a block (blocks.hpp).
+struct BlockChoice {
+  bool recompute = false;
+  bool reference = false;         ///< CheckpointOptions::reference_recomputed
+  std::shared_ptr<void> token{};  ///< to live as long as backward may need the block
+};
+
 class SavedPlan {
  public:
   struct Choice {
     bool keep = false;            ///< as it is
+    bool code = false;            ///< packed, also where it could be computed again
     bool offload = false;         ///< as it is, but not in memory
     PackFunction pack = nullptr;  ///< where it is packed and not sensitive; null: by `pack`
     bool even_sensitive = false;  ///< `pack` holds for what is sensitive, too
@@ -78,6 +89,14 @@ class SavedPlan {
   virtual void forward_ended(std::uint64_t forward) noexcept = 0;
   /// An error that it throws ends the forward.
   [[nodiscard]] virtual Choice choose(const SavedStorage& storage) = 0;
+  /// A block begins; `look`: a hash of its inputs' sizes and dtypes; `inputs` are those that a
+  /// checkpoint of it would ask about. Between these two calls no other of the same forward begins.
+  [[nodiscard]] virtual BlockChoice block_began(std::uint64_t forward, std::uint64_t look,
+                                                const std::vector<SavedStorage>& inputs) {
+    static_cast<void>(forward), static_cast<void>(look), static_cast<void>(inputs);
+    return {.recompute = true};
+  }
+  virtual void block_ended(std::uint64_t) noexcept {}
 
   /// Whether it is to be told of the operators of a forward that has begun, and of them.
   [[nodiscard]] virtual bool listens(std::uint64_t forward) const {
@@ -87,6 +106,14 @@ class SavedPlan {
   virtual void ran(const SavingOperator& one) { static_cast<void>(one); }
   /// What a report says of it, if anything.
   [[nodiscard]] virtual std::string explain() const { return {}; }
+};
+
+/// Whom block() asks, where it is not always recomputed (detail/planned_blocks.hpp).
+class BlockPlan {
+ public:
+  virtual ~BlockPlan() = default;
+  [[nodiscard]] virtual BlockChoice began(const std::vector<at::Tensor>& inputs) = 0;
+  virtual void ended() noexcept = 0;
 };
 
 }  // namespace fourfold::inline v0

@@ -14,22 +14,24 @@
 ///   loss.backward();                                     // inside or outside of the scope
 ///
 /// A saved tensor is, in this order:
-///  1. held as it is and not counted: a parameter (a leaf that asks for gradients, a view of one,
-///     `keep_storages`), what is not dense (sparse, quantised, meta, packed, ...), empty;
-///  2. held as it is: complex; what its operator has yet to write; small (under `min_numel` values
-///     or `min_bytes`); a constant from outside of the scope (a batch and its targets, which somebody
-///     holds); statistics (an eighth of its operator's largest argument or less); what `keep` says;
+///  1. held as it is and not counted: what is not dense (sparse, quantised, meta, packed, ...), empty;
+///     a parameter (a leaf that asks for gradients, a view of one, `keep_storages`);
+///  2. held as it is: what its operator has yet to write;
 ///  3. held by what holds its storage already, or by what it was decoded from;
-///  4. held exactly in fewer bits: dropout's noise, boolean masks, and what the backward of relu,
-///     leaky_relu, hardtanh, relu6 and threshold asks of it, in one; max_pool's indices in 8; other
-///     Long and Int values in as few bytes as their range needs;
-///  5. not held, but computed again from what is held anyway (`recompute`);
-///  6. held as it is: what a backward divides by or takes the root or the logarithm of;
-///  7. packed, rounded stochastically: what attention, softmax and matrix products of two activations
+///  4. held as it is: complex; what `keep` says; a constant from outside of the scope (a batch and its
+///     targets, which somebody holds); statistics (an eighth of its operator's largest argument or
+///     less); small (under `min_numel` values or `min_bytes`; of a large storage that piece alone);
+///  5. held as it is or offloaded, and 6 to 10 as far as they are open, where the plan says so;
+///  6. held in one bit: dropout's noise, boolean masks;
+///  7. not held, but computed again from what is held anyway (`recompute`);
+///  8. held exactly in fewer bits: max_pool's indices in 8; other Long and Int values in as few bytes
+///     as their range needs; what the backward of relu, leaky_relu, hardtanh, relu6 and threshold
+///     asks of it, in one;
+///  9. packed, rounded stochastically: what attention, softmax and matrix products of two activations
 ///     save and the inputs of checkpoints by `pack_sensitive`, the rest by `pack` (detail/tolerance.hpp).
-///     Float, BFloat16 and Half only; a Double is held as it is, and so is what holds an infinity
-///     or a NaN, whose neighbours would be lost;
-///  8. written to a file, codes and what else is held (`offload`).
+///     Float, BFloat16 and Half only. Not what a backward divides by or takes the root or the
+///     logarithm of; nor what holds an infinity or a NaN, whose neighbours would be lost;
+/// 10. written to a file, codes and what else is held (`offload`); else held as it is.
 /// Without `pack` all of it is exact, and gradients are equal to the bit.
 ///
 /// A view comes back with its sizes, strides and dtype. Its offset is counted from the first value
@@ -96,6 +98,15 @@ class BasicActivationStore final : public door::SavedTensors,
   [[nodiscard]] std::uint64_t forwards() const { return forwards_.load(); }
   /// Who decides, or null.
   [[nodiscard]] const std::shared_ptr<SavedPlan>& plan() const { return options_.plan; }
+  /// Who holds what leaves memory, or null.
+  [[nodiscard]] const std::shared_ptr<Offloading>& offload() const { return options_.offload; }
+  /// What this thread's operators are noted on, if this store was activated on it; else null.
+  [[nodiscard]] detail::Tape* tape() const;
+  /// Too small to do anything about.
+  [[nodiscard]] bool holds_small(const at::Tensor& tensor) const {
+    return tensor.numel() < options_.min_numel ||
+           static_cast<std::int64_t>(tensor.nbytes()) < options_.min_bytes;
+  }
   void restart_peaks() { totals_->plain.restart_peak(), totals_->held.restart_peak(); }
   /// In words: what was saved and what became of it, or why nothing was saved.
   [[nodiscard]] std::string explain() const {
@@ -111,9 +122,6 @@ class BasicActivationStore final : public door::SavedTensors,
   [[nodiscard]] bool active() const {
     return options_.pack != nullptr || !options_.recompute.empty() || options_.offload != nullptr;
   }
-  /// What this thread's operators are noted on, if this store was activated on it.
-  [[nodiscard]] detail::Tape* tape() const;
-
   std::shared_ptr<door::Saved> keep(const at::Tensor& tensor, const detail::Tape* tape = nullptr,
                                     bool written = true, const SavedPlan::Choice& choice = {});
   std::shared_ptr<door::Saved> uncounted(const at::Tensor& tensor, std::atomic<std::int64_t>& kind);
@@ -257,10 +265,13 @@ std::shared_ptr<door::Saved> BasicActivationStore<T>::hold(const at::Tensor& ten
   if (Stored found = index_->find(key, version, view.dtype, extent);
       found != nullptr && (!exact || found->exact())) {
     if (tape != nullptr) tape->note_saved(found);
-    if (found->kind() != StoredAs::kKept) return as(found, std::move(view));
+    if (found->kind() != StoredAs::kKept) {
+      found->note_again();
+      return as(found, std::move(view));
+    }
     if (tape != nullptr && tape->frame() != nullptr)
       static_cast<detail::Kept&>(*found).note_saver(tape->frame()->time);
-    found->use()->note_saved();
+    found->note_again();
     totals_->kept.fetch_add(1, std::memory_order_relaxed);
     return std::make_shared<detail::SavedAsIs>(tensor, std::move(found));
   }
@@ -272,8 +283,8 @@ std::shared_ptr<door::Saved> BasicActivationStore<T>::hold(const at::Tensor& ten
   // Autograd would hold it until backward; from here on the program may let it go at once.
   cuda::used_on_current_stream(tensor.storage());
   const PlaceGuard place(Place::kActivations);
-  const auto bytes = static_cast<std::int64_t>(tensor.nbytes());
-  if (tensor.numel() < options_.min_numel || bytes < options_.min_bytes) {
+  if (holds_small(tensor)) {
+    const auto bytes = static_cast<std::int64_t>(tensor.nbytes());
     const auto around = static_cast<std::int64_t>(tensor.storage().nbytes());
     if (around < (1 << 16) || around < 16 * bytes) return keep(tensor, tape);
     totals_->kept.fetch_add(1, std::memory_order_relaxed);
@@ -282,13 +293,15 @@ std::shared_ptr<door::Saved> BasicActivationStore<T>::hold(const at::Tensor& ten
   pack = detail::pack_within(tolerance, pack, options_);
   SavedPlan::Choice choice;
   if (options_.plan != nullptr && tape != nullptr && !exact)
-    choice = detail::ask_plan(*options_.plan, tensor, pack != options_.pack, *tape);
+    choice =
+        detail::ask_plan(*options_.plan, tensor, pack != options_.pack, pack != nullptr, *tape);
   if (choice.pack != nullptr) pack = choice.pack;
   // A plan that was not asked (of what is exact, or is saved in backward) has counted it in memory.
   const bool may_offload = options_.plan == nullptr || choice.watch != nullptr;
   const Stored stored = choice.keep      ? nullptr
                         : choice.offload ? encoder_.offloaded(tensor, extent)
-                                         : encoder_.encode(tensor, extent, pack, tape, may_offload);
+                                         : encoder_.encode(tensor, extent, pack, tape, may_offload,
+                                                           /*may_rebuild=*/!choice.code);
   if (stored == nullptr) return keep(tensor, tape, /*written=*/true, choice);
   if (choice.watch != nullptr) stored->watch(std::move(choice.watch), choice.item);
   if (tape != nullptr) tape->note_saved(stored);

@@ -26,10 +26,15 @@ struct PlanOptions {
   std::int64_t budget = 0;
   /// The variance that rounding may add to gradients, as a share of their own (plan/record.hpp).
   double most_variance = 0.1;
-  /// What all users of the process together may hold; 0: nobody else is watched. Above high_water
-  /// of it the next cheaper plan is taken, step by step, and below low_water the one before.
-  std::int64_t device_bytes = 0;
+  /// Others use the device too. After each step, what they hold then and the step's own peak are
+  /// added up: above `high_water` of the device the plan moves to the next that needs less, below
+  /// `low_water` back, one a step. high_water = 0: nobody else is watched.
   double high_water = 0.8, low_water = 0.7;
+  /// The device's; 0: the machine's memory, or the limit of the process's control group.
+  std::int64_t device_bytes = 0;
+  /// What all its users hold just now, this process among them; null: what is not available of the
+  /// machine's memory or the control group's; where `device_bytes` is given, this process's tensors.
+  std::int64_t (*device_used)() = nullptr;
 };
 
 }  // namespace fourfold::inline v0

@@ -5,11 +5,17 @@
 /// Its name is removed as soon as it is open, so that whatever ends the process, nothing is left. A
 /// full disk is an error of one call: of write(), or of reserve(), without which a write through a
 /// mapping would end the process (SIGBUS).
+///
+/// Disk space is kept for the next step, which is mostly like the last. Whenever the file has become
+/// empty it is cut to what was needed since it was before, so that one large step's room goes with
+/// the next one.
 #include <c10/util/Exception.h>
 
 #include <fcntl.h>
+#include <linux/magic.h>
 #include <signal.h>
 #include <sys/mman.h>
+#include <sys/vfs.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -55,6 +61,7 @@ class UnnamedFile {
       return offset;
     }
     end_ += bytes;
+    needed_ = std::max(needed_, end_), length_ = std::max(length_, end_);
     return end_ - bytes;
   }
   void free(std::int64_t offset, std::int64_t bytes) {
@@ -66,6 +73,15 @@ class UnnamedFile {
       if (const auto before = std::prev(gap); before->first + before->second == gap->first)
         before->second += gap->second, gaps_.erase(gap), gap = before;
     if (gap->first + gap->second == end_) end_ = gap->first, gaps_.erase(gap);
+    if (end_ > 0) return;
+    if (needed_ < length_ && ::ftruncate(file_, needed_) == 0) length_ = needed_;
+    needed_ = 0;
+  }
+  /// Whether what is written stays in memory (tmpfs), so that nothing is gained.
+  [[nodiscard]] bool in_memory() const {
+    struct ::statfs system;
+    return ::fstatfs(file_, &system) == 0 &&
+           (system.f_type == TMPFS_MAGIC || system.f_type == RAMFS_MAGIC);
   }
   [[nodiscard]] const std::string& directory() const { return directory_; }
   /// Bytes from its beginning to the last piece.
@@ -138,6 +154,8 @@ class UnnamedFile {
   std::string directory_;
   int file_ = -1;
   std::int64_t end_ = 0;
+  std::int64_t length_ = 0;                    // at most: of the file
+  std::int64_t needed_ = 0;                    // the largest end_ since it was 0
   std::map<std::int64_t, std::int64_t> gaps_;  // offset, bytes; never two that touch
 };
 

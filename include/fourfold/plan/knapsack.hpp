@@ -85,37 +85,58 @@ namespace detail {
   constexpr std::size_t kFew = 16;
   Problem area = problem;  // costs what it fills
   area.ms_of_variance = 0;
-  std::vector<std::int64_t> least(problem.fixed);
+  const std::size_t positions = problem.fixed.size();
+  std::vector<std::vector<std::int64_t>> least;  // of each item, at each position
   for (Item& item : area.items) {
-    double smallest_area = std::numeric_limits<double>::infinity();
-    std::vector<std::int64_t> item_least(problem.fixed.size(),
-                                         std::numeric_limits<std::int64_t>::max());
+    least.emplace_back(positions, std::numeric_limits<std::int64_t>::max());
     for (Option& option : item.options) {
-      std::vector<std::int64_t> bytes(problem.fixed.size(), 0);
+      std::vector<std::int64_t> bytes(positions, 0);
       for (const Span& span : option.spans)
         for (int p = span.first; p <= span.last; ++p)
           bytes[static_cast<std::size_t>(p)] += span.bytes;
       option.ms = 0;
-      for (std::size_t p = 0; p < bytes.size(); ++p) {
+      for (std::size_t p = 0; p < positions; ++p) {
         option.ms += static_cast<double>(bytes[p]);
-        item_least[p] = std::min(item_least[p], bytes[p]);
+        least.back()[p] = std::min(least.back()[p], bytes[p]);
       }
-      smallest_area = std::min(smallest_area, option.ms);
     }
-    for (Option& option : item.options) option.ms -= smallest_area;
-    for (std::size_t p = 0; p < least.size(); ++p) least[p] += item_least[p];
   }
   const std::int64_t unlimited = std::numeric_limits<std::int64_t>::max() / 2;
   const Solution filled = solve(area, unlimited, most_variance);
-  detail::Moves moves(problem, unlimited, most_variance, filled.choice);
-  moves.descend();
-  Solution best = evaluate(problem, moves.choice());
+  const auto descended = [&](std::vector<int> from) {
+    detail::Moves moves(problem, unlimited, most_variance, std::move(from));
+    moves.descend();
+    return evaluate(problem, moves.choice());
+  };
+  Solution best = descended(filled.choice);
+  // A block is one large step down: also from where every block takes it, and where none does.
+  std::vector<int> none(filled.choice), every(filled.choice);
+  for (std::size_t i = 0; i < problem.items.size(); ++i) {
+    const int within = problem.items[i].within;
+    if (within < 0) continue;
+    const auto block = static_cast<std::size_t>(within);
+    const std::vector<Option>& options = area.items[block].options;
+    none[block] = 0;
+    for (std::size_t o = 1; o < options.size(); ++o)
+      if (every[block] == 0 || options[o].ms < options[static_cast<std::size_t>(every[block])].ms)
+        every[block] = static_cast<int>(o);
+  }
+  for (std::vector<int>* start : {&none, &every}) {
+    if (*start == filled.choice || evaluate(problem, *start).variance > most_variance) continue;
+    Solution other = descended(std::move(*start));
+    if (other.peak < best.peak) best = std::move(other);
+  }
   best.feasible = filled.feasible;
   if (problem.items.size() > kFew) return best;
   for (Item& item : area.items)
     for (Option& option : item.options) option.ms = 0;
   std::int64_t low = 0, high = best.feasible ? best.peak : unlimited;
-  for (const std::int64_t bytes : least) low = std::max(low, bytes);
+  for (std::size_t p = 0; p < positions; ++p) {
+    std::int64_t bytes = problem.fixed[p];  // no choice has less; a block may be its members
+    for (std::size_t i = 0; i < least.size(); ++i)
+      bytes += problem.items[i].within < 0 ? least[i][p] : std::min<std::int64_t>(least[i][p], 0);
+    low = std::max(low, bytes);
+  }
   for (int round = 0; round < 24 && low < high; ++round) {
     const std::int64_t middle = low + (high - low) / 2;
     Solution found = solve(area, middle, most_variance);

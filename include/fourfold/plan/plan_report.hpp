@@ -7,8 +7,10 @@
 
 #include <cstdint>
 #include <cstdio>
+#include <optional>
 #include <ostream>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace fourfold::inline v0::plan {
@@ -23,8 +25,8 @@ struct StepBytes {
 
 struct PlanReport {
   struct Row {
-    std::string producer, saver, way;
-    std::vector<std::int64_t> sizes;
+    std::string producer{}, saver{}, way{};
+    std::vector<std::int64_t> sizes{};  ///< of a block: its first input's
     std::int64_t bytes = 0, held = 0;
     double ms = 0, variance = 0;
   };
@@ -40,6 +42,7 @@ struct PlanReport {
   int notches = 0;  ///< plans below the budget's own, for others on the device
   std::vector<Row> rows{};
   std::vector<Point> curve{};
+  std::optional<Point> every_block{};  ///< every block computed again, all else kept
 
   void fill(const StepPlan& plan);
 };
@@ -63,24 +66,51 @@ inline void PlanReport::fill(const StepPlan& plan) {
   step_ms = record.ms;
   ms = plan.chosen().ms, variance = plan.chosen().variance;
   least = last.base + plan.least();
+  const auto again = [&](int block) {
+    return block >= 0 && plan.block_way(static_cast<std::size_t>(block)).recompute;
+  };
+  for (std::size_t b = 0; b < record.blocks.size(); ++b) {
+    const BlockRecord& block = record.blocks[b];
+    Row row{.producer = "block " + std::to_string(block.id.number),
+            .way = again(static_cast<int>(b)) ? "computed again" : "storage by storage"};
+    if (!block.inputs.empty()) row.sizes = record.storages[block.inputs.front()].sizes;
+    if (plan.block_way(b).reference) row.way += ", as it is";
+    const Option& option = plan.block_option(b);
+    row.ms = option.ms, row.variance = option.variance;
+    for (const StorageRecord& storage : record.storages)
+      if (storage.block == static_cast<int>(b) && !storage.input_alone) row.bytes += storage.bytes;
+    rows.push_back(std::move(row));
+  }
   for (std::size_t i = 0; i < record.storages.size(); ++i) {
+    if (!plan.expects(i)) continue;  // its block's
     const StorageRecord& storage = record.storages[i];
     const Way way = plan.way(i);
-    const Option& option =
-        plan.problem().items[i].options[static_cast<std::size_t>(plan.chosen().choice[i])];
-    rows.push_back({.producer = storage.producer,
-                    .saver = storage.saver,
-                    .way = name_of(way, storage, record.rungs),
-                    .sizes = storage.sizes,
-                    .bytes = storage.bytes,
-                    .held = storage.bytes_held(way),
-                    .ms = option.ms,
-                    .variance = option.variance});
+    const int block = plan.block_of(i);
+    Row row{.producer = storage.producer,
+            .saver = storage.saver,
+            .sizes = storage.sizes,
+            .bytes = storage.bytes};
+    if (again(block)) {
+      row.way =
+          way.kind == Way::Kind::kPack ? "sensitive codec" : name_of(way, storage, record.rungs);
+      row.held = way.kind == Way::Kind::kKeep   ? storage.bytes
+                 : way.kind == Way::Kind::kPack ? storage.coded_bytes(storage.finest)
+                                                : 0;
+      row.saver =
+          "block " + std::to_string(record.blocks[static_cast<std::size_t>(block)].id.number);
+    } else {
+      const Option& option =
+          plan.problem().items[i].options[static_cast<std::size_t>(plan.chosen().choice[i])];
+      row.way = name_of(way, storage, record.rungs), row.held = storage.bytes_held(way);
+      row.ms = option.ms, row.variance = option.variance;
+    }
+    rows.push_back(std::move(row));
   }
-  for (const Solution& point : plan.curve())
-    curve.push_back({.bytes = last.base + point.peak + plan.correction(),
-                     .ms = point.ms,
-                     .variance = point.variance});
+  const auto point_of = [&](const Solution& one) {
+    return Point{last.base + one.peak + plan.correction(), one.ms, one.variance};
+  };
+  for (const Solution& point : plan.curve()) curve.push_back(point_of(point));
+  if (plan.every_block_again()) every_block = point_of(*plan.every_block_again());
 }
 
 inline std::ostream& operator<<(std::ostream& out, const PlanReport& plan) {
@@ -122,6 +152,10 @@ inline std::ostream& operator<<(std::ostream& out, const PlanReport& plan) {
     fourfold::detail::ledger_row(
         out, "",
         {mib(point.bytes), number(point.ms, "%.1f"), number(100 * point.variance, "%.3f")});
+  if (plan.every_block)
+    fourfold::detail::ledger_row(
+        out, "every block computed again",
+        {mib(plan.every_block->bytes), number(plan.every_block->ms, "%.1f"), "0.000"});
   return out;
 }
 

@@ -8,14 +8,16 @@
 /// anew where that leaves room or takes some away. A step is known by what it saves: operators in
 /// their order and sizes. One that differs from its first storage on is recorded at once or has a
 /// plan already; where it differs later on, the rest of it is held as small as can be, and the next
-/// one is recorded.
+/// one is recorded. A block that no plan knows is computed again.
 #include <c10/util/Exception.h>
 #include <fourfold/activations/saved_plan.hpp>
 #include <fourfold/core/plan_options.hpp>
 #include <fourfold/core/pointer_map.hpp>
+#include <fourfold/plan/device.hpp>
 #include <fourfold/plan/plan_report.hpp>
 #include <fourfold/plan/step.hpp>
 #include <fourfold/plan/step_plan.hpp>
+#include <fourfold/torch/allocator.hpp>
 
 #include <algorithm>
 #include <cstdint>
@@ -29,9 +31,7 @@ namespace fourfold::inline v0::plan {
 
 class Planner final : public SavedPlan {
  public:
-  Planner(const PlanOptions& options, std::vector<Rung> rungs,
-          std::shared_ptr<Offloading> offload = nullptr)
-      : options_(options), rungs_(std::move(rungs)), offload_(std::move(offload)) {}
+  Planner(const PlanOptions& options, Means means) : options_(options), means_(std::move(means)) {}
 
   void forward_began(std::uint64_t forward) override {
     const std::lock_guard lock(mutex_);
@@ -39,47 +39,69 @@ class Planner final : public SavedPlan {
       conclude();
       step_ = std::make_shared<Step>();
     }
-    forwards_.emplace_back(forward, step_->forward_began());
+    forwards_.push_back({forward, step_->forward_began()});
   }
 
   void forward_ended(std::uint64_t forward) noexcept override {
     const std::lock_guard lock(mutex_);
-    std::erase_if(forwards_, [&](const auto& one) { return one.first == forward; });
+    std::erase_if(forwards_, [&](const Forward& one) { return one.told == forward; });
     if (step_ != nullptr) step_->forward_ended();
   }
 
   Choice choose(const SavedStorage& storage) override {
     const std::lock_guard lock(mutex_);
-    const auto forward = std::find_if(forwards_.begin(), forwards_.end(), [&](const auto& one) {
-      return one.first == storage.forward;
-    });
-    if (forward == forwards_.end()) return {};  // the tape of an older scope
-    const StorageId id = id_of(storage, forward->second);
-    if (met_.empty()) start(id, storage);
-    met_.push_back({id, storage.bytes, std::string(storage.producer)});
+    const Forward* const forward = find(storage.forward);
+    if (forward == nullptr) return {};  // the tape of an older scope
+    const StorageId id = id_of(storage, forward->number);
+    const Met met{id, storage.bytes, std::string(storage.producer)};
+    if (met_.empty() && met_blocks_.empty()) start([&] { met_.push_back(met); });
+    met_.push_back(met);
     Choice choice{.watch = step_, .item = kUnknown};
     if (recording_) {
       choice.item = step_->saving(id, storage);
       return choice;
     }
-    std::ptrdiff_t at = plan_->find(id, storage.bytes, storage.producer);
+    const std::ptrdiff_t at =
+        found([&] { return plan_->find(id, storage.bytes, storage.producer); });
     if (at < 0) {
-      if (const std::shared_ptr<StepPlan> other = fitting(); other != nullptr) {
-        follow(other);
-        at = plan_->find(id, storage.bytes, storage.producer);
-      } else {
-        unknown_bytes_ += storage.bytes;
-        return choice;
-      }
+      unknown_bytes_ += storage.bytes;
+      return choice;
     }
     choice.item = static_cast<std::uint32_t>(at);
     known_[static_cast<std::size_t>(at)] = true;
     const Way way = plan_->way(static_cast<std::size_t>(at));
     choice.keep = way.kind == Way::Kind::kKeep;
     choice.offload = way.kind == Way::Kind::kOffload;
-    if (way.kind == Way::Kind::kPack && way.rung < rungs_.size())
-      choice.pack = rungs_[way.rung].pack;
+    choice.code = way.kind == Way::Kind::kPack;
+    if (choice.code && way.rung < means_.rungs.size()) choice.pack = means_.rungs[way.rung].pack;
     return choice;
+  }
+
+  BlockChoice block_began(std::uint64_t told, std::uint64_t look,
+                          const std::vector<SavedStorage>& inputs) override {
+    const std::lock_guard lock(mutex_);
+    Forward* const forward = find(told);
+    if (forward == nullptr) return {};
+    const BlockId met{forward->number, forward->blocks++, look};
+    std::vector<std::pair<StorageId, SavedStorage>> storages;
+    for (const SavedStorage& input : inputs)
+      storages.emplace_back(id_of(input, forward->number), input);
+    if (met_.empty() && met_blocks_.empty()) start([&] { met_blocks_.push_back(met); });
+    met_blocks_.push_back(met);
+    if (recording_) {
+      step_->block_began(met, storages);
+      return {};
+    }
+    const std::ptrdiff_t at = found([&] { return plan_->find(met); });
+    if (at < 0) return {.recompute = true, .token = step_->token()};
+    const BlockWay& way = plan_->block_way(static_cast<std::size_t>(at));
+    if (!way.recompute) return {};
+    return {.recompute = true, .reference = way.reference, .token = step_->token()};
+  }
+  void block_ended(std::uint64_t told) noexcept override {
+    const std::lock_guard lock(mutex_);
+    if (const Forward* const forward = find(told); forward != nullptr && recording_)
+      step_->block_ended(forward->number);
   }
 
   /// What is planned, measured and predicted, of the step that ended last.
@@ -121,6 +143,17 @@ class Planner final : public SavedPlan {
     std::string producer;
   };
 
+  struct Forward {
+    std::uint64_t told, number;  ///< its number as told, and in the step
+    std::uint64_t blocks = 0;
+  };
+
+  [[nodiscard]] Forward* find(std::uint64_t told) {
+    const auto found = std::find_if(forwards_.begin(), forwards_.end(),
+                                    [&](const Forward& one) { return one.told == told; });
+    return found != forwards_.end() ? &*found : nullptr;
+  }
+
   /// One storage may be saved several times, first within the operator that makes it.
   StorageId id_of(const SavedStorage& saved, std::uint64_t forward) {
     const c10::Storage& storage = saved.values->storage();
@@ -130,19 +163,29 @@ class Planner final : public SavedPlan {
     return id;
   }
 
-  /// The step's first storage: is it one that has a plan?
-  void start(const StorageId& id, const SavedStorage& storage) {
-    met_.push_back({id, storage.bytes, std::string(storage.producer)});
+  /// The step's first storage or block, which `meet` notes: is it one that has a plan?
+  template <class Meet>
+  void start(const Meet& meet) {
+    meet();
     const std::shared_ptr<StepPlan> known = record_next_ ? nullptr : fitting();
-    met_.clear();
+    met_.clear(), met_blocks_.clear();
     unknown_bytes_ = 0;
     recording_ = known == nullptr;
     if (recording_) {
       record_next_ = false;
-      step_->record(rungs_, offload_);
+      step_->record(means_);
     } else {
       follow(known);
     }
+  }
+  /// What `find` finds in the present plan, or in another one that fits; then that is followed.
+  template <class Find>
+  [[nodiscard]] std::ptrdiff_t found(const Find& find) {
+    if (const std::ptrdiff_t at = find(); at >= 0) return at;
+    const std::shared_ptr<StepPlan> other = fitting();
+    if (other == nullptr) return -1;
+    follow(other);
+    return find();
   }
 
   /// A plan in which all that this step has met stands; the present one first. Where gradients are
@@ -150,9 +193,13 @@ class Planner final : public SavedPlan {
   /// made of the same record.
   [[nodiscard]] std::shared_ptr<StepPlan> fitting() {
     const auto fits = [&](const std::shared_ptr<StepPlan>& plan) {
-      return plan != nullptr && std::all_of(met_.begin(), met_.end(), [&](const Met& one) {
-               return plan->find(one.id, one.bytes, one.producer) >= 0;
-             });
+      return plan != nullptr &&
+             std::all_of(met_.begin(), met_.end(),
+                         [&](const Met& one) {
+                           return plan->find(one.id, one.bytes, one.producer) >= 0;
+                         }) &&
+             std::all_of(met_blocks_.begin(), met_blocks_.end(),
+                         [&](const BlockId& one) { return plan->find(one) >= 0; });
     };
     const std::int64_t gradients = step_->gradients();
     std::shared_ptr<StepPlan> other;
@@ -191,7 +238,8 @@ class Planner final : public SavedPlan {
     }
     plan_ = plan;
     plan_->choose(room, options_.budget, notches_);
-    known_.assign(plan_->record().storages.size(), false);
+    known_.resize(plan_->record().storages.size());
+    for (std::size_t i = 0; i < known_.size(); ++i) known_[i] = !plan_->expects(i);
     step_->follow(known_.size());
   }
 
@@ -199,8 +247,8 @@ class Planner final : public SavedPlan {
   void conclude() {
     const std::shared_ptr<Step> step = std::move(step_);
     ids_.clear();
-    if (step == nullptr || met_.empty()) return;
-    met_.clear();
+    if (step == nullptr || (met_.empty() && met_blocks_.empty())) return;
+    met_.clear(), met_blocks_.clear();
     last_ = {.base = step->base(), .peak_after = step->peak_after()};
     last_.peak = step->peak();
     watch_device(last_.peak);
@@ -211,7 +259,8 @@ class Planner final : public SavedPlan {
     const std::vector<StoredAs> kinds = step->kinds();
     std::vector<std::size_t> failed;
     for (std::size_t i = 0; i < kinds.size(); ++i)
-      if (known_[i] && plan_->way(i).kind == Way::Kind::kRebuild && kinds[i] != StoredAs::kRebuilt)
+      if (known_[i] && plan_->expects(i) && plan_->way(i).kind == Way::Kind::kRebuild &&
+          kinds[i] != StoredAs::kRebuilt)
         failed.push_back(i);
     plan_->cannot_rebuild(failed);
     // One in a hundred may hide behind another choice: a result on the way to a rebuilt one.
@@ -231,25 +280,37 @@ class Planner final : public SavedPlan {
     keep(plan_);
   }
 
-  /// Others use the device too: the next cheaper plan, or the one before.
-  void watch_device(std::int64_t used) {
-    if (options_.device_bytes <= 0) return;
-    const auto device = static_cast<double>(options_.device_bytes);
-    if (static_cast<double>(used) > options_.high_water * device)
-      ++notches_;
-    else if (static_cast<double>(used) < options_.low_water * device && notches_ > 0)
+  /// Others use the device too: the next plan that needs less, or the one before.
+  void watch_device(std::int64_t peak) {
+    if (options_.high_water <= 0) return;
+    DeviceMemory device{.total = options_.device_bytes};
+    const std::int64_t ours = door::counters().read().all.current;
+    if (options_.device_used != nullptr) {
+      if (device.total <= 0) device.total = machine_memory().total;
+      device.used = options_.device_used();
+    } else if (device.total > 0) {
+      device.used = ours;
+    } else {
+      device = machine_memory();
+    }
+    if (device.total <= 0) return;
+    const double used = static_cast<double>(std::max<std::int64_t>(device.used - ours, 0) + peak) /
+                        static_cast<double>(device.total);
+    if (used > options_.high_water)
+      notches_ = std::min(notches_ + 1, StepPlan::kCurve - 1);
+    else if (used < options_.low_water && notches_ > 0)
       --notches_;
   }
 
   mutable std::mutex mutex_;
   PlanOptions options_;
-  const std::vector<Rung> rungs_;
-  const std::shared_ptr<Offloading> offload_;  // null: nothing leaves memory
+  const Means means_;
   std::vector<std::shared_ptr<StepPlan>> plans_;
   std::shared_ptr<StepPlan> plan_;  // of the last step
   std::shared_ptr<Step> step_;
-  std::vector<std::pair<std::uint64_t, std::uint64_t>> forwards_;  // as told; in the step
+  std::vector<Forward> forwards_;
   std::vector<Met> met_;
+  std::vector<BlockId> met_blocks_;
   PointerMap<Known> ids_;
   std::vector<bool> known_;
   std::int64_t unknown_bytes_ = 0;

@@ -20,11 +20,14 @@ struct Span {
 struct Option {
   double ms = 0;        ///< more time for a step
   double variance = 0;  ///< added to the gradient's, as a share of the gradient's own
-  std::vector<Span> spans;
+  std::vector<Span> spans{};
 };
 
 struct Item {
-  std::vector<Option> options;  ///< at least one
+  std::vector<Option> options{};  ///< at least one
+  /// The number of another item, or -1. Where that one is not at its first option, which is empty,
+  /// this one has no part: a block is computed again, or held storage by storage.
+  int within = -1;
 };
 
 struct Problem {
@@ -37,9 +40,16 @@ struct Problem {
   }
 };
 
+/// Whether item `i` has a part in `choice`.
+[[nodiscard]] inline bool takes_part(const Problem& problem, const std::vector<int>& choice,
+                                     std::size_t i) {
+  const int within = problem.items[i].within;
+  return within < 0 || choice[static_cast<std::size_t>(within)] == 0;
+}
+
 /// An option for each item, and what they come to.
 struct Solution {
-  std::vector<int> choice;  ///< by item
+  std::vector<int> choice;  ///< by item, also of those that have no part
   std::int64_t peak = 0;    ///< bytes at the worst position
   double ms = 0, variance = 0;
   double cost = 0;        ///< ms + ms_of_variance * variance
@@ -51,12 +61,14 @@ struct Solution {
 [[nodiscard]] inline std::vector<std::int64_t> usage(const Problem& problem,
                                                      const std::vector<int>& choice) {
   std::vector<std::int64_t> steps(problem.fixed.size() + 1, 0);
-  for (std::size_t i = 0; i < problem.items.size(); ++i)
+  for (std::size_t i = 0; i < problem.items.size(); ++i) {
+    if (!takes_part(problem, choice, i)) continue;
     for (const Span& span : problem.items[i].options[static_cast<std::size_t>(choice[i])].spans) {
       if (span.last < span.first) continue;
       steps[static_cast<std::size_t>(span.first)] += span.bytes;
       steps[static_cast<std::size_t>(span.last) + 1] -= span.bytes;
     }
+  }
   std::vector<std::int64_t> out(problem.fixed);
   std::int64_t running = 0;
   for (std::size_t p = 0; p < out.size(); ++p) out[p] += (running += steps[p]);
@@ -66,6 +78,7 @@ struct Solution {
 [[nodiscard]] inline Solution evaluate(const Problem& problem, std::vector<int> choice) {
   Solution out;
   for (std::size_t i = 0; i < problem.items.size(); ++i) {
+    if (!takes_part(problem, choice, i)) continue;
     const Option& option = problem.items[i].options[static_cast<std::size_t>(choice[i])];
     out.ms += option.ms, out.variance += option.variance;
   }

@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <memory>
 #include <mutex>
 #include <optional>
 #include <utility>
@@ -17,7 +18,7 @@
 namespace fourfold::inline v0::plan {
 
 /// Owned by the planner and by what is held, which may outlive it. Any thread.
-class Step final : public StoredWatch {
+class Step final : public StoredWatch, public std::enable_shared_from_this<Step> {
  public:
   Step() {
     counters_.watch(watch_);
@@ -29,9 +30,9 @@ class Step final : public StoredWatch {
   Step& operator=(const Step&) = delete;
 
   /// Before anything of it is held.
-  void record(std::vector<Rung> rungs, std::shared_ptr<Offloading> offload) {
+  void record(const Means& means) {
     const std::lock_guard lock(mutex_);
-    recorder_.emplace(base_, gradients_, std::move(rungs), std::move(offload));
+    recorder_.emplace(base_, gradients_, means);
     event();
     watch_.freed = &Watch::note;
   }
@@ -77,6 +78,38 @@ class Step final : public StoredWatch {
     pending_ = std::max(pending_, counters_.read(watch_).all.peak);  // samples are no step's need
     return item;
   }
+  /// A block begins, in a step that is recorded.
+  void block_began(const BlockId& block,
+                   const std::vector<std::pair<StorageId, SavedStorage>>& inputs) {
+    const std::lock_guard lock(mutex_);
+    event();
+    std::vector<std::size_t> items;
+    for (const auto& [id, input] : inputs) {
+      watch_.follow(input.values->storage());
+      items.push_back(recorder_->input(id, input));
+    }
+    pending_ = std::max(pending_, counters_.read(watch_).all.peak);
+    recorder_->block_began(block, std::move(items));
+  }
+  void block_ended(std::uint64_t forward) {
+    const std::lock_guard lock(mutex_);
+    if (!recorder_) return;
+    event();
+    recorder_->block_ended(forward);
+  }
+  /// The step lasts while it lives.
+  [[nodiscard]] std::shared_ptr<void> token() {
+    struct Token {
+      explicit Token(std::shared_ptr<Step> of) : step(std::move(of)) {
+        const std::lock_guard lock(step->mutex_);
+        ++step->held_;
+      }
+      ~Token() { step->let_go(); }
+      const std::shared_ptr<Step> step;
+    };
+    return std::make_shared<Token>(shared_from_this());
+  }
+
   void held(std::uint32_t item, StoredAs kind, std::int64_t bytes, std::int64_t values) override {
     const std::lock_guard lock(mutex_);
     ++held_;
@@ -98,13 +131,11 @@ class Step final : public StoredWatch {
     watch_.follow(dense);
     recorder_->decoded(item, dense);
   }
-  void released(std::uint32_t item) noexcept override {
+  void again(std::uint32_t item) noexcept override {
     const std::lock_guard lock(mutex_);
-    --held_;
-    event();
-    if (recorder_) recorder_->released(item);
-    settle();
+    if (recorder_) recorder_->again(item);
   }
+  void released(std::uint32_t item) noexcept override { let_go(item); }
 
   /// How each of so many storages came to be held, last; kKept until then.
   void follow(std::size_t items) {
@@ -152,6 +183,13 @@ class Step final : public StoredWatch {
     std::vector<Freed> freed_blocks;
   };
 
+  void let_go(std::optional<std::uint32_t> item = {}) noexcept {
+    const std::lock_guard lock(mutex_);
+    --held_;
+    event();
+    if (recorder_ && item) recorder_->released(*item);
+    settle();
+  }
   void event() noexcept {
     if (!recorder_ && held_ > 0) return;  // one reading is enough
     const door::ByteCount count = counters_.read(watch_);

@@ -4,10 +4,12 @@
 /// that were predicted are from those that were measured.
 #include <fourfold/plan/knapsack.hpp>
 #include <fourfold/plan/record.hpp>
+#include <fourfold/plan/step_problem.hpp>
 
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <iterator>
 #include <optional>
 #include <string_view>
 #include <unordered_map>
@@ -18,6 +20,8 @@ namespace fourfold::inline v0::plan {
 
 class StepPlan {
  public:
+  static constexpr int kCurve = 20;  ///< points of the trade-off
+
   /// `gradients`: that are there when the step begins.
   StepPlan(StepRecord record, std::int64_t gradients, double most_variance)
       : gradients_(gradients), most_variance_(most_variance) {
@@ -36,26 +40,62 @@ class StepPlan {
     if (storage.bytes != bytes || storage.producer != producer) return -2;
     return static_cast<std::ptrdiff_t>(found->second);
   }
+  /// How it is held; where its block is computed again, as that block's input.
   [[nodiscard]] Way way(std::size_t storage) const {
-    return record_.storages[storage].ways()[static_cast<std::size_t>(chosen_.choice[storage])];
+    const StorageRecord& one = record_.storages[storage];
+    if (const int block = block_of(storage); block >= 0)
+      if (const BlockWay& held = block_way(static_cast<std::size_t>(block)); held.recompute)
+        return {held.input};
+    return one.ways()[static_cast<std::size_t>(chosen_.choice[storage])];
+  }
+  /// The block's number in the record, or -1.
+  [[nodiscard]] std::ptrdiff_t find(const BlockId& id) const {
+    for (std::size_t i = 0; i < record_.blocks.size(); ++i)
+      if (record_.blocks[i].id == id) return static_cast<std::ptrdiff_t>(i);
+    return -1;
+  }
+  [[nodiscard]] const BlockWay& block_way(std::size_t block) const {
+    return block_ways_[block]
+                      [static_cast<std::size_t>(chosen_.choice[record_.storages.size() + block])];
+  }
+  [[nodiscard]] const Option& block_option(std::size_t block) const {
+    const std::size_t item = record_.storages.size() + block;
+    return problem_.items[item].options[static_cast<std::size_t>(chosen_.choice[item])];
+  }
+  /// The block whose being computed again would leave nothing of it, or make it its input; -1.
+  [[nodiscard]] int block_of(std::size_t storage) const {
+    const StorageRecord& one = record_.storages[storage];
+    if (!one.input_alone) return one.block;
+    for (std::size_t b = 0; b < record_.blocks.size(); ++b)
+      for (const std::size_t input : record_.blocks[b].inputs)
+        if (input == storage) return static_cast<int>(b);
+    return -1;
+  }
+  /// Whether a step by this plan asks for it.
+  [[nodiscard]] bool expects(std::size_t storage) const {
+    const int block = block_of(storage);
+    const bool again = block >= 0 && block_way(static_cast<std::size_t>(block)).recompute;
+    if (!again) return !record_.storages[storage].input_alone;
+    const std::vector<std::size_t>& inputs = record_.blocks[static_cast<std::size_t>(block)].inputs;
+    return std::find(inputs.begin(), inputs.end(), storage) != inputs.end();
   }
 
-  /// The least that such a step needs above what lives when it begins.
-  [[nodiscard]] std::int64_t least() const { return std::max(smallest_.peak, least_measured_); }
+  /// The least that such a step needs above what lives when it begins. Of blocks that are computed
+  /// again, with a hundredth for what they keep beside their inputs, as choose().
+  [[nodiscard]] std::int64_t least() const {
+    const std::int64_t room = blocks_again(smallest_) > 0 ? smallest_.peak / 100 : 0;
+    return std::max(smallest_.peak + room, least_measured_);
+  }
 
   /// Chooses for a step that may need `room` bytes above what lives when it begins, at the cost of
   /// `notches` points of the trade-off curve.
   void choose(std::int64_t room, std::int64_t budget, int notches) {
     // Until it was measured, and where it was: what it may be wrong by.
-    const std::int64_t margin = steps_ == 0 ? budget / 50 : budget / 500;
-    std::int64_t most = room - correction_ - margin;
-    if (notches > 0) most = std::min(most, cheaper(most, notches));
-    most = std::max(most, smallest_.peak);
-    if (solved_ && chosen_.peak <= most && (chosen_.cost == 0 || most - most_ <= budget / 200))
-      return;
-    chosen_ = solve(problem_, most, most_variance_);
-    if (!chosen_.feasible) chosen_ = smallest_;
-    most_ = most, solved_ = true;
+    solve_within(room - correction_ - (steps_ == 0 ? budget / 50 : budget / 500), budget, notches);
+    // What a block keeps for its second run beside its inputs (statistics that it wrote) is in no
+    // record: until such a plan was measured, room for it.
+    if (steps_ > 0 && blocks_again(chosen_) > blocks_measured_)
+      solve_within(room - correction_ - budget / 100, budget, notches);
   }
 
   /// Above what lived when the step began.
@@ -74,6 +114,7 @@ class StepPlan {
     else if (!exceeded_)
       correction_ = std::max(difference, last_difference_.value_or(difference));
     last_difference_ = difference;
+    blocks_measured_ = std::max(blocks_measured_, blocks_again(chosen_));
     ++steps_;
   }
   /// Storages that were to be computed again could not be: they are kept from now on.
@@ -87,6 +128,8 @@ class StepPlan {
     if (curve_.empty()) curve_ = trade_off(problem_, smallest_, most_variance_, kCurve);
     return curve_;
   }
+  /// Block checkpointing; none where the step has no block.
+  [[nodiscard]] const std::optional<Solution>& every_block_again() const { return every_block_; }
   [[nodiscard]] const StepRecord& record() const { return record_; }
   [[nodiscard]] std::int64_t gradients() const { return gradients_; }
   [[nodiscard]] const Problem& problem() const { return problem_; }
@@ -99,15 +142,44 @@ class StepPlan {
   }
 
  private:
-  static constexpr int kCurve = 20;
-
   void remake() {
-    problem_ = record_.problem(gradients_);
+    problem_ = problem_of(record_, gradients_);
+    block_ways_.clear();
+    for (std::size_t b = 0; b < record_.blocks.size(); ++b)
+      block_ways_.push_back(detail::BlockOptions(record_, b).ways());
     smallest_ = smallest(problem_, most_variance_);
     if (!smallest_.feasible) smallest_ = smallest(problem_);  // nothing is quieter
     chosen_ = smallest_;
+    every_block_.reset();
+    if (!record_.blocks.empty()) every_block_ = evaluate(problem_, every_block());
     least_measured_ = 0, solved_ = false;
     curve_.clear();
+  }
+  void solve_within(std::int64_t most, std::int64_t budget, int notches) {
+    if (notches > 0) most = std::min(most, cheaper(most, notches));
+    most = std::max(most, smallest_.peak);
+    if (solved_ && chosen_.peak <= most && (chosen_.cost == 0 || most - most_ <= budget / 200))
+      return;
+    chosen_ = solve(problem_, most, most_variance_);
+    if (!chosen_.feasible) chosen_ = smallest_;
+    // The solver is good, not exact: never worse than what everybody does by hand.
+    if (every_block_ && every_block_->peak <= most && every_block_->cost < chosen_.cost)
+      chosen_ = *every_block_;
+    most_ = most, solved_ = true;
+  }
+  [[nodiscard]] std::ptrdiff_t blocks_again(const Solution& of) const {
+    const auto first = of.choice.begin() + std::ssize(record_.storages);
+    return std::count_if(first, of.choice.end(), [](int way) { return way != 0; });
+  }
+  /// Block checkpointing: all kept, but what blocks save, which are computed again as they are.
+  [[nodiscard]] std::vector<int> every_block() const {
+    std::vector<int> choice(problem_.items.size(), 0);
+    for (std::size_t b = 0; b < record_.blocks.size(); ++b)
+      for (std::size_t way = 0; way < block_ways_[b].size(); ++way)
+        if (const BlockWay& one = block_ways_[b][way];
+            one.recompute && one.reference && one.input == Way::Kind::kKeep)
+          choice[record_.storages.size() + b] = static_cast<int>(way);
+    return choice;
   }
   /// The peak of the curve's point that is so many below `most`.
   [[nodiscard]] std::int64_t cheaper(std::int64_t most, int notches) const {
@@ -122,11 +194,14 @@ class StepPlan {
   StepRecord record_;
   std::unordered_map<std::uint64_t, std::size_t> index_;
   Problem problem_;
+  std::vector<std::vector<BlockWay>> block_ways_;
   Solution smallest_, chosen_;
+  std::optional<Solution> every_block_;
   mutable std::vector<Solution> curve_;
   std::int64_t most_ = 0, correction_ = 0, least_measured_ = 0;
   std::optional<std::int64_t> last_difference_;
   int steps_ = 0;
+  std::ptrdiff_t blocks_measured_ = 0;  // computed again, at most, in a step that was measured
   bool solved_ = false, exceeded_ = false;
 };
 

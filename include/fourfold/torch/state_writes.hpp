@@ -9,6 +9,7 @@
 #include <ATen/ops/empty.h>
 #include <ATen/record_function.h>
 #include <c10/core/Storage.h>
+#include <fourfold/torch/operators.hpp>  // OperatorsPause
 
 #include <cstdint>
 #include <cstring>
@@ -138,6 +139,7 @@ class [[nodiscard]] BasicStateWrites {
     for (const Written& one : written_)
       if (one.storage._unsafe_get_target() == storage.unsafeGetStorageImpl()) return;
     const at::NoGradGuard no_grad;
+    const door::OperatorsPause pause;
     at::Tensor before;
     if (storage.nbytes() <= kMostBytesKept) before = bytes_of(storage).clone();
     written_.push_back({storage.getWeakStorageImpl(), std::move(before)});

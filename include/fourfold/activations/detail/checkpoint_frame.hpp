@@ -19,6 +19,7 @@
 #include <fourfold/core/random.hpp>  // mix
 #include <fourfold/torch/autocast.hpp>
 #include <fourfold/torch/graph_task.hpp>
+#include <fourfold/torch/operators.hpp>  // OperatorsPause
 #include <fourfold/torch/random_state.hpp>
 #include <fourfold/torch/saved_tensors.hpp>
 #include <fourfold/torch/state_writes.hpp>
@@ -40,6 +41,10 @@ struct CheckpointOptions {
   bool preserve_random_state = true;  ///< dropout draws the same mask when the block runs again
   bool early_stop = true;             ///< stop the second run once nothing more is needed
   bool check_determinism = false;     ///< compare values too, by a hash; for debugging, slow
+  /// What the second run saves is kept as it is until backward has read it, whatever packer is
+  /// around: quicker, and larger for as long as the block's own backward takes.
+  bool reference_recomputed = false;
+  std::shared_ptr<void> token{};  ///< lives as long as backward may need the block
 };
 
 namespace detail {
@@ -97,6 +102,7 @@ class CheckpointFrame final : public door::SavedTensors,
   CheckpointFrame(const CheckpointOptions& options, const std::vector<at::Tensor>& inputs, Run run)
       : options_(options), run_(std::move(run)), autocast_(door::AutocastState::current()) {
     autocast_.cache = false;  // casts of a second run would stay cached after it
+    const door::OperatorsPause pause;
     const std::shared_ptr<door::SavedTensors> parent = door::active_saved_tensors();
     payloads_ = parent && parent->recomputes() ? parent->around() : parent;
     std::vector<at::Device> devices;
@@ -228,8 +234,9 @@ class CheckpointFrame final : public door::SavedTensors,
         TORCH_CHECK(look == frame.looks_[index], "fourfold::checkpoint: saved tensor ", index,
                     " of a block came back different when the block was computed again: it is ",
                     look.text(), ", its forward saved ", frame.looks_[index].text(), kAdvice);
-        saved = frame.payloads_ ? door::detail::pack_with(*frame.payloads_, attached, block_input)
-                                : door::saved_reference(tensor);
+        const bool packs = frame.payloads_ != nullptr && !frame.options_.reference_recomputed;
+        saved = packs ? door::detail::pack_with(*frame.payloads_, attached, block_input)
+                      : door::saved_reference(tensor);
         holder->recomputed.emplace_back(task, saved);
       }
       // What has a gradient has its value. What has none may be a buffer that its operator is about
@@ -305,7 +312,8 @@ class CheckpointFrame final : public door::SavedTensors,
     const c10::OptionalDeviceGuard device(device_);
     const door::RandomStateGuard random(random_);
     const StateWrites::Rewind state(written_);
-    const std::shared_ptr<void> active = payloads_ ? payloads_->activate() : nullptr;
+    const bool packs = payloads_ != nullptr && !options_.reference_recomputed;
+    const std::shared_ptr<void> active = packs ? payloads_->activate() : nullptr;
     struct Depth {
       int& depth = door::detail::saved_tensors_engine().recomputing();
       Depth() { ++depth; }

@@ -59,8 +59,9 @@ class BasicEncoder {
   /// The first that is open: an exact code, computed again, packed by `pack` (null: exact ways
   /// alone), offloaded. `tape` may be null.
   std::shared_ptr<Stored> encode(const at::Tensor& tensor, const Extent& extent, PackFunction pack,
-                                 Tape* tape, bool may_offload) {
-    if (std::shared_ptr<Stored> stored = coded(tensor, extent, pack, tape)) return stored;
+                                 Tape* tape, bool may_offload, bool may_rebuild = true) {
+    if (std::shared_ptr<Stored> stored = coded(tensor, extent, pack, tape, may_rebuild))
+      return stored;
     return may_offload ? offloaded(tensor, extent) : nullptr;
   }
 
@@ -112,13 +113,13 @@ class BasicEncoder {
   }
 
   std::shared_ptr<Stored> coded(const at::Tensor& tensor, const Extent& extent, PackFunction pack,
-                                Tape* tape) {
+                                Tape* tape, bool may_rebuild) {
     c10::StorageImpl* const key = tensor.storage().unsafeGetStorageImpl();
     const Tape::Origin* origin = tape ? tape->origin(key) : nullptr;
     if (tensor.scalar_type() == at::kBool) return mask(tensor, extent);
     if (origin != nullptr && origin->two_values)
       if (std::shared_ptr<Stored> stored = mask(tensor, extent)) return stored;
-    if (origin != nullptr && origin->call != nullptr)
+    if (may_rebuild && origin != nullptr && origin->call != nullptr)
       if (std::shared_ptr<Stored> stored =
               rebuild(*tape, *origin, tensor._version(), options_.recompute_depth))
         if (pack != nullptr || stored->exact()) return stored;

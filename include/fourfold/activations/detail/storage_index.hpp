@@ -128,6 +128,11 @@ class BasicStored {
   }
   /// The items of all that is rounded and that its values come from.
   virtual void add_rounded(std::vector<std::uint32_t>& items) const { static_cast<void>(items); }
+  /// Another operator saves it.
+  void note_again() const {
+    use_->note_saved();
+    if (watch_ != nullptr) watch_->again(item_);
+  }
 
  protected:
   void note_decoding() const {

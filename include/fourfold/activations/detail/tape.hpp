@@ -145,9 +145,13 @@ class BasicTape final : public door::OperatorObserver {
   /// For another forward.
   void begin(std::uint64_t forward) {
     forward_ = forward;
-    storages_ = operators_ = 0;
+    storages_ = operators_ = parts_ = 0;
   }
+  /// Operators are numbered from here on as if nobody knew how many there were before: a block runs
+  /// a few more where it is to be computed again.
+  void begin_part() { operators_ = ++parts_ << 24; }
   [[nodiscard]] std::uint64_t forward() const { return forward_; }
+  [[nodiscard]] std::uint64_t operators() const { return operators_; }  ///< of this forward so far
   /// From now on `plan` is told of operators that save; null: nobody is.
   void told_to(SavedPlan* plan) { plan_ = plan; }
   /// The operator that runs just now saved it.
@@ -338,7 +342,7 @@ class BasicTape final : public door::OperatorObserver {
   std::size_t sweep_at_ = 256;
   std::vector<std::unique_ptr<Frame>> frames_;
   std::size_t depth_ = 0;
-  std::uint64_t forward_ = 0, storages_ = 0, operators_ = 0;
+  std::uint64_t forward_ = 0, storages_ = 0, operators_ = 0, parts_ = 0;
   SavedPlan* plan_ = nullptr;
 };
 using Tape = BasicTape<>;

@@ -22,7 +22,13 @@ class Moves {
         most_variance_(most_variance),
         choice_(std::move(choice)),
         bytes_(usage(problem, choice_)),
-        variance_(evaluate(problem, choice_).variance) {
+        variance_(evaluate(problem, choice_).variance),
+        members_(problem.items.size()),
+        together_(problem.items.size()),
+        stale_(problem.items.size(), true) {
+    for (std::size_t i = 0; i < choice_.size(); ++i)
+      if (const int within = problem.items[i].within; within >= 0)
+        members_[static_cast<std::size_t>(within)].push_back(i);
     for (const std::int64_t bytes : bytes_) over_ += std::max<std::int64_t>(bytes - budget_, 0);
   }
 
@@ -35,6 +41,7 @@ class Moves {
       changed = false;
       for (const auto& [gain, item, option] : gains()) {
         if (gain <= 0) break;
+        if (!takes_part(problem_, choice_, item)) continue;
         const int before = choice_[item];
         if (problem_.cost(option_of(item, before)) - problem_.cost(option_of(item, option)) <= 0)
           continue;  // moved meanwhile
@@ -83,6 +90,7 @@ class Moves {
       std::int64_t most = 0;
       std::pair<std::size_t, int> move{kNone, 0};
       for (std::size_t i = 0; i < choice_.size(); ++i) {
+        if (!takes_part(problem_, choice_, i)) continue;
         const int before = choice_[i];
         const Option& from = option_of(i, before);
         for (int o = 0; o < std::ssize(problem_.items[i].options); ++o) {
@@ -130,6 +138,7 @@ class Moves {
   /// `worst`: only those that need less there, if that is what does not fit.
   template <class Then>
   void try_options(std::size_t i, double excess, Step& best, const Then& then, int worst = -1) {
+    if (!takes_part(problem_, choice_, i)) return;
     const int before = choice_[i];
     for (int o = 0; o < std::ssize(problem_.items[i].options); ++o) {
       if (o == before) continue;
@@ -146,6 +155,7 @@ class Moves {
     }
   }
   void try_pair(std::size_t i, std::size_t j, double excess, Step& best) {
+    if (!takes_part(problem_, choice_, j)) return;
     const int before = choice_[j];
     for (int o = 0; o < std::ssize(problem_.items[j].options); ++o) {
       if (o == before) continue;
@@ -156,7 +166,9 @@ class Moves {
     }
   }
 
+  /// Of a block whose storages are held one by one: what they come to.
   [[nodiscard]] const Option& option_of(std::size_t item, int option) const {
+    if (option == 0 && !members_[item].empty()) return together(item);
     return problem_.items[item].options[static_cast<std::size_t>(option)];
   }
   [[nodiscard]] static std::int64_t at(const Option& option, int position) {
@@ -184,9 +196,25 @@ class Moves {
     variance_ += static_cast<double>(sign) * option.variance;
   }
   void set(std::size_t item, int option) {
-    add(option_of(item, choice_[item]), -1);
+    const bool counts = takes_part(problem_, choice_, item);
+    if (counts) add(option_of(item, choice_[item]), -1);
     choice_[item] = option;
-    add(option_of(item, option), 1);
+    if (counts) add(option_of(item, option), 1);
+    if (const int within = problem_.items[item].within; within >= 0)
+      stale_[static_cast<std::size_t>(within)] = true;
+  }
+  [[nodiscard]] const Option& together(std::size_t block) const {
+    Option& sum = together_[block];
+    if (!stale_[block]) return sum;
+    stale_[block] = false;
+    sum.ms = sum.variance = 0;
+    sum.spans.clear();
+    for (const std::size_t member : members_[block]) {
+      const Option& one = option_of(member, choice_[member]);
+      sum.ms += one.ms, sum.variance += one.variance;
+      sum.spans.insert(sum.spans.end(), one.spans.begin(), one.spans.end());
+    }
+    return sum;
   }
 
   /// Every option that costs less than the present one, the largest gain first.
@@ -194,6 +222,7 @@ class Moves {
     std::vector<Gain> out;
     for (std::size_t i = 0; i < choice_.size(); ++i)
       for (int o = 0; o < std::ssize(problem_.items[i].options); ++o) {
+        if (!takes_part(problem_, choice_, i)) break;
         const double gain =
             problem_.cost(option_of(i, choice_[i])) - problem_.cost(option_of(i, o));
         if (gain > 0) out.push_back({gain, i, o});
@@ -208,12 +237,13 @@ class Moves {
         static_cast<int>(std::max_element(bytes_.begin(), bytes_.end()) - bytes_.begin());
     const std::int64_t over = over_ == 0 ? 0 : bytes_[static_cast<std::size_t>(worst)] - budget_;
     for (std::size_t i = 0; i < choice_.size(); ++i) {
-      if (i == moved) continue;
+      if (i == moved || !takes_part(problem_, choice_, i)) continue;
       const int before = choice_[i];
       for (int o = 0; o < std::ssize(problem_.items[i].options); ++o) {
+        if (o == before) continue;
         const Option& from = option_of(i, before);
         const Option& to = option_of(i, o);
-        if (o == before || problem_.cost(to) - problem_.cost(from) >= gain * (1 - 1e-9) ||
+        if (problem_.cost(to) - problem_.cost(from) >= gain * (1 - 1e-9) ||
             (over > 0 && at(from, worst) - at(to, worst) < over) ||
             variance_ - from.variance + to.variance > most_variance_)
           continue;
@@ -232,6 +262,9 @@ class Moves {
   std::vector<std::int64_t> bytes_;
   std::int64_t over_ = 0;  // bytes above the budget, over all positions
   double variance_;
+  std::vector<std::vector<std::size_t>> members_;  // of blocks, by item
+  mutable std::vector<Option> together_;           // what a block's members come to
+  mutable std::vector<bool> stale_;                // one of them has moved since
 };
 
 }  // namespace fourfold::inline v0::plan::detail

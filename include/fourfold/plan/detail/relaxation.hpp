@@ -17,7 +17,15 @@ namespace fourfold::inline v0::plan::detail {
 class Relaxation {
  public:
   Relaxation(const Problem& problem, std::int64_t budget, double most_variance)
-      : problem_(problem), positions_(problem.fixed.size()) {
+      : problem_(problem), positions_(problem.fixed.size()), members_(problem.items.size()) {
+    for (std::size_t i = 0; i < problem.items.size(); ++i)
+      if (const int within = problem.items[i].within; within >= 0)
+        members_[static_cast<std::size_t>(within)].push_back(i);
+    first_.reserve(problem.items.size());
+    for (std::size_t i = 0, options = 0; i < problem.items.size(); ++i) {
+      first_.push_back(options);
+      options += problem.items[i].options.size();
+    }
     room_.reserve(positions_ + 1);
     for (const std::int64_t fixed : problem.fixed)
       room_.push_back(static_cast<double>(budget - fixed));
@@ -83,18 +91,41 @@ class Relaxation {
       }
   }
 
+  struct Best {
+    double price = 0, use = 0;
+    int option = 0;
+  };
+  /// The option of item `i` whose `price(option's number)` is least, `use` of it the least then. Of
+  /// a block: its first option is what the best of its members come to; `members` gets those.
+  template <class Price, class Use>
+  [[nodiscard]] Best best_of(std::size_t i, const Price& price, const Use& use,
+                             std::vector<int>* members = nullptr) const {
+    Best out{.price = std::numeric_limits<double>::infinity()};
+    const std::size_t options = problem_.items[i].options.size();
+    for (std::size_t o = 0; o < options; ++o) {
+      Best one{price(first_[i] + o), use(first_[i] + o), static_cast<int>(o)};
+      if (o == 0)
+        for (const std::size_t member : members_[i]) {
+          const Best held = best_of(member, price, use);
+          one.price += held.price, one.use += held.use;
+          if (members != nullptr) (*members)[member] = held.option;
+        }
+      if (one.price < out.price || (one.price == out.price && one.use < out.use)) out = one;
+    }
+    return out;
+  }
+
   /// The cheapest options at the present prices.
   void choose() {
     price_options(priced_);
-    choice_.clear();
+    choice_.assign(problem_.items.size(), 0);
     double dual = 0;
-    std::size_t at = 0;
-    for (const Item& item : problem_.items) {
-      const auto first = priced_.begin() + static_cast<std::ptrdiff_t>(at);
-      const auto best = std::min_element(first, first + std::ssize(item.options));
-      choice_.push_back(static_cast<int>(best - first));
-      dual += *best;
-      at += item.options.size();
+    for (std::size_t i = 0; i < problem_.items.size(); ++i) {
+      if (problem_.items[i].within >= 0) continue;
+      const Best best = best_of(
+          i, [&](std::size_t o) { return priced_[o]; }, [](std::size_t) { return 0.0; }, &choice_);
+      choice_[i] = best.option;
+      dual += best.price;
     }
     for (std::size_t c = 0; c < room_.size(); ++c) dual -= price_[c] * room_[c];
     bound_ = std::max(bound_, dual);
@@ -112,7 +143,8 @@ class Relaxation {
     if (worst != room_.size()) return worst;
     double variance = 0;
     for (std::size_t i = 0; i < choice_.size(); ++i)
-      variance += problem_.items[i].options[static_cast<std::size_t>(choice_[i])].variance;
+      if (takes_part(problem_, choice_, i))
+        variance += problem_.items[i].options[static_cast<std::size_t>(choice_[i])].variance;
     return variance > room_[positions_] ? positions_ : room_.size();
   }
 
@@ -121,31 +153,23 @@ class Relaxation {
     price_[constraint] = 0;
     price_options(priced_);
     std::vector<double> uses;
-    double least = 0, largest_price = 0, smallest_use = std::numeric_limits<double>::infinity();
-    for (const Item& item : problem_.items) {
-      double item_least = std::numeric_limits<double>::infinity();
+    double largest_price = 0, smallest_use = std::numeric_limits<double>::infinity();
+    for (const Item& item : problem_.items)
       for (const Option& option : item.options) {
         uses.push_back(use(option, constraint));
-        item_least = std::min(item_least, uses.back());
         if (uses.back() != 0) smallest_use = std::min(smallest_use, std::abs(uses.back()));
       }
-      least += item_least;
-    }
-    if (least > room_[constraint]) return false;
+    const auto use_of = [&](std::size_t o) { return uses[o]; };
+    const auto sum_of = [&](const auto& price) {
+      double sum = 0;
+      for (std::size_t i = 0; i < problem_.items.size(); ++i)
+        if (problem_.items[i].within < 0) sum += best_of(i, price, use_of).use;
+      return sum;
+    };
+    if (sum_of(use_of) > room_[constraint]) return false;
     for (const double price : priced_) largest_price = std::max(largest_price, std::abs(price));
     const auto used = [&](double price) {
-      double sum = 0;
-      std::size_t at = 0;
-      for (const Item& item : problem_.items) {
-        double best = std::numeric_limits<double>::infinity(), best_use = 0;
-        for (std::size_t o = 0; o < item.options.size(); ++o, ++at) {
-          const double total = priced_[at] + price * uses[at];
-          if (total < best || (total == best && uses[at] < best_use))
-            best = total, best_use = uses[at];
-        }
-        sum += best_use;
-      }
-      return sum;
+      return sum_of([&](std::size_t o) { return priced_[o] + price * uses[o]; });
     };
     if (used(0) <= room_[constraint]) return true;
     double low = 0, high = std::max(largest_price, 1e-300) / smallest_use;
@@ -162,6 +186,8 @@ class Relaxation {
 
   const Problem& problem_;
   const std::size_t positions_;
+  std::vector<std::vector<std::size_t>> members_;  // of blocks, by item
+  std::vector<std::size_t> first_;                 // number of an item's first option
   std::vector<double> room_, price_, priced_;
   std::vector<int> choice_;
   double bound_ = -std::numeric_limits<double>::infinity();
