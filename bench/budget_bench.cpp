@@ -83,10 +83,10 @@ Workload mlp() {
 
 /// An encoder of images and a decoder back, with a path across.
 struct AutoencoderImpl : nn::Module {
-  static nn::Sequential convolutions(int in, int out) {
-    return nn::Sequential(
-        nn::Conv2d(nn::Conv2dOptions(in, out, 3).padding(1)), nn::GroupNorm(8, out), nn::SiLU(),
-        nn::Conv2d(nn::Conv2dOptions(out, out, 3).padding(1)), nn::GroupNorm(8, out), nn::SiLU());
+  static Layer convolutions(int in, int out) {
+    return Layer(nn::Conv2d(nn::Conv2dOptions(in, out, 3).padding(1)), nn::GroupNorm(8, out),
+                 nn::SiLU(), nn::Conv2d(nn::Conv2dOptions(out, out, 3).padding(1)),
+                 nn::GroupNorm(8, out), nn::SiLU());
   }
   AutoencoderImpl() {
     register_module("down", down);
@@ -101,8 +101,7 @@ struct AutoencoderImpl : nn::Module {
     const torch::Tensor outer = fourfold::block(up, torch::cat({across, deep}, 1));
     return last->forward(outer);
   }
-  nn::Sequential down = convolutions(3, 16), middle = convolutions(16, 32),
-                 up = convolutions(48, 16);
+  Layer down = convolutions(3, 16), middle = convolutions(16, 32), up = convolutions(48, 16);
   nn::Conv2d last{nn::Conv2dOptions(16, 3, 1)};
 };
 TORCH_MODULE(Autoencoder);
