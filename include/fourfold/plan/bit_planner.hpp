@@ -62,7 +62,7 @@ class BitPlanner final : public SavedPlan, public std::enable_shared_from_this<B
   void forward_began(std::uint64_t forward) override {
     const std::lock_guard lock(mutex_);
     if (study_ != nullptr && study_->complete()) choose_bits();
-    if (++forwards_ < next_ || study_ != nullptr) return;
+    if (++forwards_ < next_) return;  // else anew: the last one's backward may never have run
     study_ = std::make_shared<BitStudy>();
     watch_ = std::make_shared<Watch>(weak_from_this(), ++studies_);
     studied_ = forward;
