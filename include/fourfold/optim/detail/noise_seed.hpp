@@ -16,8 +16,8 @@
 namespace fourfold::inline v0 {
 namespace optim::detail {
 
-/// Of trained parameters their numbers of values, and of those on a CPU their first bytes: initial
-/// weights are random.
+/// Of trained parameters their numbers of values and their first bytes, since initial weights are
+/// random. The same on every device.
 template <class = void>
 std::uint64_t noise_seed(const std::vector<::torch::optim::OptimizerParamGroup>& groups) {
   std::uint64_t seed = [] {
@@ -29,8 +29,11 @@ std::uint64_t noise_seed(const std::vector<::torch::optim::OptimizerParamGroup>&
     for (const at::Tensor& p : group.params()) {
       if (!p.defined() || !p.requires_grad()) continue;
       std::uint64_t first = 0;
-      if (p.is_cpu() && p.layout() == at::kStrided && p.nbytes() >= sizeof(first))
-        std::memcpy(&first, p.const_data_ptr(), sizeof(first));
+      const auto values = static_cast<std::int64_t>(sizeof(first) / p.element_size());
+      if (values > 0 && p.numel() >= values && p.has_storage() && !p.is_meta() &&
+          p.is_non_overlapping_and_dense())
+        std::memcpy(&first, p.detach().as_strided({values}, {1}).cpu().const_data_ptr(),
+                    sizeof(first));
       seed = mix(mix(seed ^ static_cast<std::uint64_t>(p.numel())) ^ first);
     }
   return seed;
