@@ -23,8 +23,10 @@ bool node_takes_packed() {
   if (at::GradMode::is_enabled()) return false;
   const auto node = torch::autograd::get_current_node();
   if (node == nullptr) return false;
-  const c10::impl::LocalDispatchKeySet keys = c10::impl::tls_local_dispatch_key_set();
-  if ((keys.included_ - keys.excluded_).has_any(c10::autocast_dispatch_keyset)) return false;
+  // Autocast is on where its key, which every tensor has, is not excluded.
+  if (!c10::impl::tls_local_dispatch_key_set().excluded_.isSupersetOf(
+          c10::autocast_dispatch_keyset))
+    return false;
   constexpr auto kNodes = std::to_array<std::string_view>(
       {"MmBackward0", "AddmmBackward0", "GeluBackward0", "SiluBackward0", "ReluBackward0",
        "ThresholdBackward0", "NativeLayerNormBackward0", "SoftmaxBackward0",

@@ -55,12 +55,14 @@ class BasicStoredPayload final : public door::SavedPayload {
 };
 
 /// Its values, still packed where reading them in pieces saves memory. What is held exactly is kept,
-/// and comes back as LibTorch's own kernels take it; but for masks, which have fewer bits.
+/// and comes back as LibTorch's own kernels take it; but for masks, which have fewer bits. On a CPU:
+/// a GPU would wait for the launches of many small kernels.
 template <class = void>
 at::Tensor packed_or_plain(const std::shared_ptr<Stored>& stored, const StorageView& view) {
   const std::int64_t piece = door::parameters_state().piece;
   const bool coded = !stored->exact() || stored->kind() == StoredAs::kMask;
-  if (!coded || view.numel() < 2 * piece || stored->granule() == 0) return stored->view(view);
+  if (!coded || view.numel() < 2 * piece || !stored->device().is_cpu() || stored->granule() == 0)
+    return stored->view(view);
   return door::packed_saved_tensor(std::make_shared<BasicStoredPayload<>>(stored), view.sizes,
                                    view.strides, view.offset - stored->first());
 }
