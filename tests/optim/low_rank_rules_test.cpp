@@ -96,13 +96,14 @@ void expect_apollo(bool mini) {
     typename Optimizer::Options options(1e-2);
     options.rank(mini ? 1 : 3).update_proj_gap(5).scale(mini ? 16 : 1).weight_decay(0.1);
     Optimizer optimizer({p}, options);
+    const std::uint64_t seed = ours::noise_seed(optimizer.param_groups());
     PlainAdam adam;
     double last = 0;
     for (int step = 1; step <= 12; ++step) {
       p.mutable_grad() = oracle::gradient(p, step) * (step == 7 ? 40 : 1);
       const auto g = p.grad().to(torch::kDouble);
       optimizer.step();
-      Key key = ours::StepKeys(23, step, 0, true).matrix;
+      Key key = ours::StepKeys(seed, step, 0, true).matrix;
       key.step = static_cast<std::uint64_t>((step - 1) / 5);
       auto drawn = ours::random_projection(key, mini ? 1 : 3, 12);
       const auto projection = ours::tensor_of(drawn).to(torch::kDouble);

@@ -137,7 +137,7 @@ template <class Optimizer>
 std::pair<at::Tensor, std::int64_t> trained(at::ScalarType dtype, int steps = 20) {
   torch::manual_seed(2);
   auto p = torch::randn({64, 128}).to(dtype).requires_grad_();
-  Optimizer optimizer({p}, AdamWOptions(1e-3), {.stochastic = false});  // noise goes by the weights
+  Optimizer optimizer({p}, AdamWOptions(1e-3));
   for (int step = 0; step < steps; ++step) {
     const auto generator =
         at::make_generator<at::CPUGeneratorImpl>(static_cast<std::uint64_t>(step));
@@ -150,7 +150,7 @@ std::pair<at::Tensor, std::int64_t> trained(at::ScalarType dtype, int steps = 20
 TEST(MasterCodec, ErrorCorrectionTrainsAsFp32) {
   torch::manual_seed(2);
   auto exact = torch::randn({64, 128}).to(torch::kBFloat16).to(torch::kFloat).requires_grad_();
-  AdamWOf<Int8> fp32({exact}, AdamWOptions(1e-3), {.stochastic = false});
+  AdamWOf<Int8> fp32({exact}, AdamWOptions(1e-3));
   for (int step = 0; step < 20; ++step) {
     const auto generator =
         at::make_generator<at::CPUGeneratorImpl>(static_cast<std::uint64_t>(step));

@@ -3,6 +3,8 @@
 /// Autocast as it stood, and as it stands again: what runs later (a recompute in backward, a record
 /// replayed) must cast as its forward did. Thread-local, as LibTorch's own state is.
 #include <c10/core/DeviceType.h>
+#include <c10/core/DispatchKeySet.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <c10/core/ScalarType.h>
 #include <c10/macros/Export.h>
 
@@ -22,6 +24,14 @@ TORCH_API int decrement_nesting();
 }  // namespace at::autocast
 
 namespace fourfold::door {
+
+/// Whether autocast is on, on this thread, for any device: where its key, which every tensor has, is
+/// not excluded. (Nobody includes it.)
+template <class = void>
+[[nodiscard]] bool autocasting() {
+  return !c10::impl::tls_local_dispatch_key_set().excluded_.isSupersetOf(
+      c10::autocast_dispatch_keyset);
+}
 
 /// Per device type: whether autocast is on and to which dtype; and whether casts of leaves are
 /// cached.

@@ -5,9 +5,8 @@
 /// its author, who may ask for data_ptr: it, and every node that is not named here, gets plain
 /// values.
 #include <ATen/core/grad_mode.h>
-#include <c10/core/DispatchKeySet.h>
-#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/csrc/autograd/function.h>
+#include <fourfold/torch/autocast.hpp>
 
 #include <algorithm>
 #include <array>
@@ -23,10 +22,7 @@ bool node_takes_packed() {
   if (at::GradMode::is_enabled()) return false;
   const auto node = torch::autograd::get_current_node();
   if (node == nullptr) return false;
-  // Autocast is on where its key, which every tensor has, is not excluded.
-  if (!c10::impl::tls_local_dispatch_key_set().excluded_.isSupersetOf(
-          c10::autocast_dispatch_keyset))
-    return false;
+  if (autocasting()) return false;
   constexpr auto kNodes = std::to_array<std::string_view>(
       {"MmBackward0", "AddmmBackward0", "GeluBackward0", "SiluBackward0", "ReluBackward0",
        "ThresholdBackward0", "NativeLayerNormBackward0", "SoftmaxBackward0",

@@ -8,6 +8,7 @@
 #include <fourfold/activations/detail/stored.hpp>
 #include <fourfold/activations/saved_plan.hpp>
 #include <fourfold/core/pointer_map.hpp>
+#include <fourfold/torch/autocast.hpp>
 #include <fourfold/torch/operators.hpp>
 
 #include <algorithm>
@@ -94,7 +95,7 @@ class BasicTape final : public door::OperatorObserver {
       if (traits.pools > 0 || traits.powers || traits.gate != OperatorTraits::Gate::kNone)
         frame.arguments = arguments.vec();
       const bool repeats = (traits.cheap || traits.cheap_in_place) && at::GradMode::is_enabled() &&
-                           !(traits.casts && autocasting());
+                           !(traits.casts && door::autocasting());
       if (repeats) frame.call = record(op, traits, arguments, frame.time);
       if (frame.call != nullptr && traits.cheap_in_place && !note_previous(*frame.call))
         frame.call = nullptr;
@@ -187,11 +188,6 @@ class BasicTape final : public door::OperatorObserver {
   static at::ArrayRef<at::IValue> last(const c10::Stack& stack, std::size_t count) {
     return at::ArrayRef<at::IValue>(stack).slice(stack.size() - count, count);
   }
-  static bool autocasting() {
-    const c10::impl::LocalDispatchKeySet keys = c10::impl::tls_local_dispatch_key_set();
-    return (keys.included_ - keys.excluded_).has_any(c10::autocast_dispatch_keyset);
-  }
-
   static void collect(const at::IValue& value, c10::SmallVector<at::Tensor, 6>& tensors) {
     if (value.isTensor()) {
       if (is_plain(value.toTensor())) tensors.push_back(value.toTensor());

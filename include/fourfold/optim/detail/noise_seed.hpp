@@ -8,16 +8,16 @@
 #include <fourfold/core/random.hpp>
 
 #include <torch/optim/optimizer.h>
+#include <bit>
 #include <cstdint>
-#include <cstring>
 #include <mutex>
 #include <vector>
 
 namespace fourfold::inline v0 {
 namespace optim::detail {
 
-/// Of trained parameters their numbers of values and their first bytes, since initial weights are
-/// random. The same on every device.
+/// Of trained parameters their numbers of values and their first values, since initial weights are
+/// random. The same on every device, in every memory format, and in bf16 as in fp32 that is bf16's.
 template <class = void>
 std::uint64_t noise_seed(const std::vector<::torch::optim::OptimizerParamGroup>& groups) {
   std::uint64_t seed = [] {
@@ -28,13 +28,11 @@ std::uint64_t noise_seed(const std::vector<::torch::optim::OptimizerParamGroup>&
   for (const auto& group : groups)
     for (const at::Tensor& p : group.params()) {
       if (!p.defined() || !p.requires_grad()) continue;
-      std::uint64_t first = 0;
-      const auto values = static_cast<std::int64_t>(sizeof(first) / p.element_size());
-      if (values > 0 && p.numel() >= values && p.has_storage() && !p.is_meta() &&
-          p.is_non_overlapping_and_dense())
-        std::memcpy(&first, p.detach().as_strided({values}, {1}).cpu().const_data_ptr(),
-                    sizeof(first));
-      seed = mix(mix(seed ^ static_cast<std::uint64_t>(p.numel())) ^ first);
+      float first = 0;
+      if (p.numel() > 0 && p.has_storage() && !p.is_meta())
+        first = p.detach().as_strided({1}, {1}).to(at::kCPU, at::kFloat).item<float>();
+      seed = mix(mix(seed ^ static_cast<std::uint64_t>(p.numel())) ^
+                 std::bit_cast<std::uint32_t>(first));
     }
   return seed;
 }
