@@ -23,7 +23,9 @@ TEST(AutocastGuard, CastsWhileItLives) {
   const auto before = AutocastState::current();
   const auto w = torch::full({4, 4}, 0.37F).requires_grad_();
   {
+    EXPECT_FALSE(fourfold::door::autocasting());
     const AutocastGuard autocast(torch::kCPU, torch::kBFloat16);
+    EXPECT_TRUE(fourfold::door::autocasting());
     EXPECT_EQ(product(w).scalar_type(), torch::kBFloat16);
     EXPECT_EQ(torch::mse_loss(product(w), product(w)).scalar_type(), torch::kFloat);
     {
