@@ -21,7 +21,7 @@
 ///   OptimizerStates<Codec>    optim/optimizer_states.hpp   AdamW's moments packed
 /// and, by includes of their own,
 ///   Budget<>                  plan/budget.hpp              which of it is done, within a budget
-///   ActivationsBySensitivity<Bits>  plan/by_sensitivity.hpp  packed in 8, 4 or 2 bits, Bits on average
+///   ActivationsBySensitivity<> plan/by_sensitivity.hpp     in 8, 4 or 2 bits, by the gradients
 ///   Offload<>                 activations/offload.hpp      what else is saved, in a file
 ///   Precision<BFloat16>       precision.hpp                forward under autocast
 ///   Gradients<Codec>          gradients/quantised.hpp      gradients passed through few bits

@@ -136,7 +136,7 @@ Mean added_variance(const Net& net, const std::shared_ptr<OneAt>& plan, std::uin
   return {mean, std::sqrt(spread / (draws - 1))};
 }
 
-/// GACT's (arXiv:2206.11357, section 4.2): from three gradients, here at the fewest bits and at 8.
+/// GACT's (arXiv:2206.11357): from three gradients, here at the fewest bits and at 8.
 double gact_sensitivity(const Net& net, const std::shared_ptr<OneAt>& plan, std::uint32_t item) {
   const auto store = store_of(plan);
   plan->chosen = item, plan->level = 2;

@@ -4,7 +4,7 @@
 /// for, and rounding adds least variance to the gradients.
 ///
 /// min sum of w_i C_i(b_i) so that sum w_i b_i <= bits * sum w_i, by the greedy of ActNN
-/// (arXiv:2104.14129, section 4.2): all start at 8 bits, and of all storages the one is lowered whose
+/// (arXiv:2104.14129): all start at 8 bits, and of all storages the one is lowered whose
 /// next step adds least for each bit that it saves. The guard is ours: no step is taken after which
 /// rounding would add more than `most_variance` of a gradient's own variance to it. So if no
 /// assignment stays below it, more bits are spent than asked for.

@@ -7,17 +7,18 @@
 /// errors of variance v adds to W's gradient alone
 ///   sum over x_i of v_i * (sum of dy^2 over the places where x_i was used)
 ///     ~ (sum of v) * mean(dy^2) * (multiplications / values of x),
-/// which is ActNN's formula (arXiv:2104.14129, section 4.1: K / groups * |dy|^2 * R^2 / pixels for a
+/// which is ActNN's formula (arXiv:2104.14129: K / groups * |dy|^2 * R^2 / pixels for a
 /// convolution, |dy|^2 * R^2 / rows for a linear), with the codec's own noise in place of R^2 / 4.
 /// Exact where v and dy^2 are not correlated over the places.
 ///
 /// Where x is computed again from another storage, that one's noise is x's, as a share of the power
 /// of its values about their mean (a norm and what scales it keep that share). An operator that is
-/// not linear in what it saved passes the noise on to its input's gradient, in the same share, and so
-/// to the product that made its input; beyond that one it is one summand among many, and left out. Of
-/// what comes after the last product (a loss) it reaches all products, since all gradients do. A norm's reaches its input's gradient through sums over many values alone, and is left out, too.
-/// What nobody is seen to read (the input of a block that is computed again) counts by its share of
-/// noise itself.
+/// not linear in what it saved passes the noise on to its input's gradient, in the same share, and
+/// so to the product that made its input; beyond that one it is one summand among many, and left
+/// out. Of what comes after the last product (a loss) it reaches all products, since all gradients
+/// come from there. A norm's reaches its input's gradient through sums over many values alone, and
+/// is left out, too. What nobody is seen to read (the input of a block that is computed again)
+/// counts by its share of noise itself.
 #include <ATen/core/Tensor.h>
 #include <c10/core/StorageImpl.h>
 #include <fourfold/activations/saved_plan.hpp>

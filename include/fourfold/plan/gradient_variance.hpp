@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 /// How much a gradient differs from batch to batch, and how large it is: what the variance that
-/// rounding adds is measured against, as GACT does (arXiv:2206.11357, section 4).
+/// rounding adds is measured against, as GACT does (arXiv:2206.11357).
 ///
 /// GradientVariance keeps averages of 256 of a gradient's values and of their squares, which forget
 /// the step of t steps ago as 0.9^t, in place of a copy of the gradient.
