@@ -25,12 +25,11 @@ TORCH_API int decrement_nesting();
 
 namespace fourfold::door {
 
-/// Whether autocast is on, on this thread, for any device: where its key, which every tensor has, is
-/// not excluded. (Nobody includes it.)
+/// Whether autocast is on, on this thread, for a device of these: where its key, which every tensor
+/// has, is not excluded. (Nobody includes it.)
 template <class = void>
-[[nodiscard]] bool autocasting() {
-  return !c10::impl::tls_local_dispatch_key_set().excluded_.isSupersetOf(
-      c10::autocast_dispatch_keyset);
+[[nodiscard]] bool autocasting(c10::DispatchKeySet keys = c10::autocast_dispatch_keyset) {
+  return !c10::impl::tls_local_dispatch_key_set().excluded_.isSupersetOf(keys);
 }
 
 /// Per device type: whether autocast is on and to which dtype; and whether casts of leaves are

@@ -19,7 +19,7 @@ struct BasicOperatorTraits {
   std::vector<std::size_t> written;  ///< arguments that it writes to, by its schema
   bool cheap = false;                ///< may run again in place of keeping its result
   bool cheap_in_place = false;       ///< the same of relu_, add_, ...: on a copy
-  bool casts = false;                ///< its arithmetic depends on autocast
+  c10::DispatchKeySet casts{};       ///< autocast of these devices changes its arithmetic
   bool assembles = false;            ///< its result is filled by later writes (empty, zeros, ...)
   bool draws_two_values = false;     ///< bernoulli_
   bool scales_in_place = false;      ///< mul_, div_: two values stay two values
@@ -56,9 +56,9 @@ struct BasicOperatorTraits {
       cheap_in_place =
           repeats(op) && (listed(name.substr(0, name.size() - 1), cheap_names) ||
                           listed(this->name.substr(0, this->name.size() - 1), cheap_names));
-    casts = op.hasKernelForDispatchKey(c10::DispatchKey::CompositeImplicitAutograd) ||
-            op.hasKernelForDispatchKey(c10::DispatchKey::AutocastCPU) ||
-            op.hasKernelForDispatchKey(c10::DispatchKey::AutocastCUDA);
+    const bool composed = op.hasKernelForDispatchKey(c10::DispatchKey::CompositeImplicitAutograd);
+    for (const c10::DispatchKey key : c10::autocast_dispatch_keyset)
+      if (composed || op.hasKernelForDispatchKey(key)) casts = casts.add(key);
     for (std::string_view stem : {"empty", "zeros", "ones", "full", "new_", "resize"})
       assembles = assembles || name.starts_with(stem);
     draws_two_values = name == "bernoulli_";

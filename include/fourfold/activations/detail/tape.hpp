@@ -95,7 +95,7 @@ class BasicTape final : public door::OperatorObserver {
       if (traits.pools > 0 || traits.powers || traits.gate != OperatorTraits::Gate::kNone)
         frame.arguments = arguments.vec();
       const bool repeats = (traits.cheap || traits.cheap_in_place) && at::GradMode::is_enabled() &&
-                           !(traits.casts && door::autocasting());
+                           !door::autocasting(traits.casts);
       if (repeats) frame.call = record(op, traits, arguments, frame.time);
       if (frame.call != nullptr && traits.cheap_in_place && !note_previous(*frame.call))
         frame.call = nullptr;
