@@ -148,7 +148,10 @@ TEST(BlockPlan, BudgetsAreObeyedFromTheLeastToPlain) {
 TEST(BlockPlan, BudgetsAreObeyedByExactChoicesToo) {
   for (const auto& make : models_of_blocks()) expect_budgets_obeyed<ExactPlanned>(make);
 }
-TEST(BlockPlan, BudgetsAreObeyedBesideOffloading) { expect_budgets_obeyed<Offloaded>(transformer); }
+// Whether a file or a second run is cheaper is for the clocks to say.
+TEST(BlockPlan, BudgetsAreObeyedBesideOffloading) {
+  expect_budgets_obeyed<Offloaded>(transformer, /*blocks_pay=*/false);
+}
 
 TEST(BlockPlan, LessCanBeMetThanWithout) {
   const auto least = [](auto pipeline_of) {
@@ -265,16 +268,25 @@ TEST(BlockPlan, AnErrorFreesAllAndTheNextStepWorks) {
   };
   const std::int64_t before = clean();
   for (bool BlockImpl::*const fails : {&BlockImpl::fails_in_forward, &BlockImpl::fails_again}) {
-    for (const auto& block : blocks) {
-      (*block).*fails = true;
-      EXPECT_THAT(message_of([&] { step(pipeline, model); }),
-                  HasSubstr(fails == &BlockImpl::fails_again ? "in the second run" : "in forward"));
-      (*block).*fails = false;
+    int failed = 0;
+    for (std::size_t i = 0; i < blocks.size(); ++i) {
+      (*blocks[i]).*fails = true;
+      const std::string message = message_of([&] { step(pipeline, model); });
+      (*blocks[i]).*fails = false;
+      // Which of them run again is the plan's choice, by times that it measured.
+      const auto runs = pipeline.plan().rows.at(i + 1);  // the first row is the Linear's
+      ASSERT_EQ(runs.producer, "block " + std::to_string(i + 1));
+      const bool again = runs.way.starts_with("computed again");
+      if (fails == &BlockImpl::fails_in_forward)
+        EXPECT_THAT(message, HasSubstr("in forward"));
+      else
+        EXPECT_THAT(message, HasSubstr(again ? "in the second run" : "no error")) << runs.way;
+      failed += message != "no error";
       EXPECT_EQ(clean(), before);
       EXPECT_LE(step(pipeline, model), budget);
       EXPECT_EQ(clean(), before);
-      if (fails == &BlockImpl::fails_again) break;  // not every one of them runs again
     }
+    EXPECT_GT(failed, 0);
   }
 }
 

@@ -41,6 +41,10 @@ class StoredWatch {
   virtual ~StoredWatch() = default;
   /// It is held so, in `bytes` of its own (those of a storage that is kept are not).
   virtual void held(std::uint32_t item, StoredAs kind, std::int64_t bytes, std::int64_t values) = 0;
+  /// It is not held, but computed again from these items: told after held().
+  virtual void rebuilt_from(std::uint32_t item, const std::vector<std::uint32_t>& sources) {
+    static_cast<void>(item), static_cast<void>(sources);
+  }
   /// Its values are about to be made again, and were: `dense` is the copy.
   virtual void decoding(std::uint32_t item) noexcept = 0;
   virtual void decoded(std::uint32_t item, const c10::Storage& dense) noexcept = 0;

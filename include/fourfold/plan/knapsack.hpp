@@ -83,6 +83,7 @@ namespace detail {
 /// the budget is bisected besides.
 [[nodiscard]] inline Solution smallest(const Problem& problem, double most_variance = 1e300) {
   constexpr std::size_t kFew = 16;
+  constexpr int kDescents = 256;
   Problem area = problem;  // costs what it fills
   area.ms_of_variance = 0;
   const std::size_t positions = problem.fixed.size();
@@ -109,22 +110,71 @@ namespace detail {
     return evaluate(problem, moves.choice());
   };
   Solution best = descended(filled.choice);
+  const auto better = [&](std::vector<int> from) {
+    if (evaluate(problem, from).variance > most_variance) return false;
+    Solution other = descended(std::move(from));
+    if (other.peak >= best.peak) return false;
+    best = std::move(other);
+    return true;
+  };
   // A block is one large step down: also from where every block takes it, and where none does.
   std::vector<int> none(filled.choice), every(filled.choice);
+  std::vector<bool> blocks(problem.items.size(), false);
   for (std::size_t i = 0; i < problem.items.size(); ++i) {
     const int within = problem.items[i].within;
     if (within < 0) continue;
     const auto block = static_cast<std::size_t>(within);
     const std::vector<Option>& options = area.items[block].options;
-    none[block] = 0;
+    none[block] = 0, blocks[block] = true;
     for (std::size_t o = 1; o < options.size(); ++o)
       if (every[block] == 0 || options[o].ms < options[static_cast<std::size_t>(every[block])].ms)
         every[block] = static_cast<int>(o);
   }
-  for (std::vector<int>* start : {&none, &every}) {
-    if (*start == filled.choice || evaluate(problem, *start).variance > most_variance) continue;
-    Solution other = descended(std::move(*start));
-    if (other.peak < best.peak) best = std::move(other);
+  if (none != filled.choice) better(none);
+  if (every != filled.choice) better(every);
+  // What is quieter is larger, and what a descent has spent of the variance it does not get back:
+  // also from where noise has other prices, in units of what would fill as much as all of it.
+  std::vector<std::vector<int>> quieter{filled.choice};
+  double full = 0;
+  for (const Item& item : area.items) {
+    double most = 0;
+    for (const Option& option : item.options) most = std::max(most, option.ms);
+    full += most;
+  }
+  for (double price = full / 256; most_variance < 1e299 && price < 1024 * full; price *= 4) {
+    std::vector<int> choice(filled.choice);
+    for (std::size_t i = 0; i < choice.size(); ++i) {
+      const std::vector<Option>& options = area.items[i].options;
+      if (blocks[i]) continue;
+      const auto priced = [&](int o) {
+        const Option& option = options[static_cast<std::size_t>(o)];
+        return option.ms + price * option.variance / std::max(most_variance, 1e-12);
+      };
+      for (int o = 0; o < std::ssize(options); ++o)
+        if (priced(o) < priced(choice[i])) choice[i] = o;
+    }
+    if (choice == quieter.back()) continue;
+    better(choice);
+    quieter.push_back(std::move(choice));
+  }
+  // Then block by block, also with its members as they are in one of those: its other options may
+  // pay only once all the rest has moved.
+  int left = kDescents;
+  for (bool lowered = true; lowered && left > 0;) {
+    lowered = false;
+    for (std::size_t i = 0; i < problem.items.size(); ++i) {
+      if (!blocks[i]) continue;
+      for (int o = 0; o < std::ssize(problem.items[i].options); ++o)
+        for (const std::vector<int>& members : quieter) {
+          std::vector<int> start(best.choice);
+          start[i] = o;
+          for (std::size_t m = 0; o == 0 && m < problem.items.size(); ++m)
+            if (problem.items[m].within == static_cast<int>(i)) start[m] = members[m];
+          if (start == best.choice || left-- <= 0) continue;
+          if (better(std::move(start))) lowered = true;
+          if (o != 0) break;
+        }
+    }
   }
   best.feasible = filled.feasible;
   if (problem.items.size() > kFew) return best;

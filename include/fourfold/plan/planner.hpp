@@ -260,7 +260,7 @@ class Planner final : public SavedPlan {
     std::vector<std::size_t> failed;
     for (std::size_t i = 0; i < kinds.size(); ++i)
       if (known_[i] && plan_->expects(i) && plan_->way(i).kind == Way::Kind::kRebuild &&
-          kinds[i] != StoredAs::kRebuilt)
+          kinds[i] != StoredAs::kRebuilt && !plan_->foreseen(i))
         failed.push_back(i);
     plan_->cannot_rebuild(failed);
     // One in a hundred may hide behind another choice: a result on the way to a rebuilt one.

@@ -76,12 +76,13 @@ struct StorageRecord {
   std::vector<Span> packed{};  ///< of these the codec's; `bytes` are values
   std::vector<Span> dense{};   ///< copies while they were read
   double pack_ms = 0, unpack_ms = 0;
-  std::vector<RungEstimate> rungs{};  ///< from a sample of its values
-  RungEstimate finest{};              ///< of the sensitive codec; 0 bytes: there is none
-  double coding_ms = 0;               ///< to pack and unpack it, where that was not measured
-  double offload_ms = -1;             ///< to a file and back; below 0: it stays in memory
-  int saved_at = -1, read_at = -1;    ///< positions; -1: never
-  bool rebuild_fails = false;         ///< under another plan its inputs were not at hand
+  std::vector<RungEstimate> rungs{};     ///< from a sample of its values
+  RungEstimate finest{};                 ///< of the sensitive codec; 0 bytes: there is none
+  double coding_ms = 0;                  ///< to pack and unpack it, where that was not measured
+  double offload_ms = -1;                ///< to a file and back; below 0: it stays in memory
+  int saved_at = -1, read_at = -1;       ///< positions; -1: never
+  std::vector<std::uint32_t> sources{};  ///< storages that it was computed from again
+  bool rebuild_fails = false;            ///< under another plan its inputs were not at hand
 
   /// The ways in which it can be held; keeping it comes first.
   [[nodiscard]] std::vector<Way> ways() const {
@@ -99,6 +100,14 @@ struct StorageRecord {
         ((measured || kind == StoredAs::kRebuilt) && offload_ms >= 0))
       out.push_back({Way::Kind::kOffload});
     return out;
+  }
+  /// The number of the way in which it is held where it cannot be computed again: the policies' own.
+  [[nodiscard]] std::size_t else_held() const {
+    const std::vector<Way> all = ways();
+    for (const Way::Kind kind : {Way::Kind::kPack, Way::Kind::kOffload})
+      for (std::size_t i = 0; i < all.size(); ++i)
+        if (all[i].kind == kind) return i;
+    return 0;
   }
   [[nodiscard]] double noise(const Way& way) const {
     if (way.kind != Way::Kind::kPack) return 0;

@@ -79,6 +79,9 @@ class Recorder {
     storage.held.push_back({position(), -1, bytes});
     if (kind == StoredAs::kPacked) storage.packed.push_back({position(), -1, values});
   }
+  void rebuilt_from(std::uint32_t item, const std::vector<std::uint32_t>& sources) {
+    record_.storages[item].sources = sources;
+  }
   /// Between two events: before and after.
   void decoding(std::uint32_t item) {
     // What another one is computed from again is read in its stead, if that is held at all.

@@ -123,9 +123,15 @@ class StepPlan {
     for (const std::size_t storage : storages) record_.storages[storage].rebuild_fails = true;
     remake();
   }
+  /// Whether the plan knows that a storage which it would compute again cannot be: what it is
+  /// computed from is saved within a block that runs again itself. It is held as it would be
+  /// without Recompute.
+  [[nodiscard]] bool foreseen(std::size_t storage) const {
+    return lacks_source(chosen_.choice, storage);
+  }
 
   [[nodiscard]] const std::vector<Solution>& curve() const {
-    if (curve_.empty()) curve_ = trade_off(problem_, smallest_, most_variance_, kCurve);
+    if (curve_.empty()) curve_ = trade_off(small_problem_, smallest_, most_variance_, kCurve);
     return curve_;
   }
   /// Block checkpointing; none where the step has no block.
@@ -147,8 +153,10 @@ class StepPlan {
     block_ways_.clear();
     for (std::size_t b = 0; b < record_.blocks.size(); ++b)
       block_ways_.push_back(detail::BlockOptions(record_, b).ways());
-    smallest_ = smallest(problem_, most_variance_);
-    if (!smallest_.feasible) smallest_ = smallest(problem_);  // nothing is quieter
+    whole_ = problem_;
+    smallest_ = sound([&] { return smallest(problem_, most_variance_); });
+    if (!smallest_.feasible) smallest_ = sound([&] { return smallest(problem_); });  // none quieter
+    small_problem_ = problem_;
     chosen_ = smallest_;
     every_block_.reset();
     if (!record_.blocks.empty()) every_block_ = evaluate(problem_, every_block());
@@ -160,12 +168,44 @@ class StepPlan {
     most = std::max(most, smallest_.peak);
     if (solved_ && chosen_.peak <= most && (chosen_.cost == 0 || most - most_ <= budget / 200))
       return;
-    chosen_ = solve(problem_, most, most_variance_);
-    if (!chosen_.feasible) chosen_ = smallest_;
+    problem_ = whole_;
+    chosen_ = sound([&] { return solve(problem_, most, most_variance_); });
+    if (!chosen_.feasible) chosen_ = smallest_, problem_ = small_problem_;
     // The solver is good, not exact: never worse than what everybody does by hand.
     if (every_block_ && every_block_->peak <= most && every_block_->cost < chosen_.cost)
       chosen_ = *every_block_;
     most_ = most, solved_ = true;
+  }
+  /// What `solved` makes of the problem, where each storage that is computed again has what it is
+  /// computed from: one that has not costs what holding it does, and the problem is solved anew.
+  template <class Solved>
+  [[nodiscard]] Solution sound(const Solved& solved) {
+    for (std::vector<bool> changed(record_.storages.size(), false);;) {
+      Solution out = solved();
+      bool holds = true;
+      for (std::size_t i = 0; i < changed.size(); ++i) {
+        if (changed[i] || !takes_part(problem_, out.choice, i) || !lacks_source(out.choice, i))
+          continue;
+        std::vector<Option>& options = problem_.items[i].options;
+        options[static_cast<std::size_t>(out.choice[i])] = options[record_.storages[i].else_held()];
+        changed[i] = true, holds = false;
+      }
+      if (holds) return out;
+    }
+  }
+  /// Whether `storage` is to be computed again from what a block saves that runs again itself.
+  [[nodiscard]] bool lacks_source(const std::vector<int>& choice, std::size_t storage) const {
+    const StorageRecord& one = record_.storages[storage];
+    if (one.sources.empty() ||
+        one.ways()[static_cast<std::size_t>(choice[storage])].kind != Way::Kind::kRebuild)
+      return false;
+    return std::any_of(one.sources.begin(), one.sources.end(), [&](std::uint32_t source) {
+      const int block = record_.storages[source].block;
+      if (block < 0 || choice[record_.storages.size() + static_cast<std::size_t>(block)] == 0)
+        return false;
+      const auto& inputs = record_.blocks[static_cast<std::size_t>(block)].inputs;
+      return std::find(inputs.begin(), inputs.end(), source) == inputs.end();
+    });
   }
   [[nodiscard]] std::ptrdiff_t blocks_again(const Solution& of) const {
     const auto first = of.choice.begin() + std::ssize(record_.storages);
@@ -193,7 +233,8 @@ class StepPlan {
   const double most_variance_;
   StepRecord record_;
   std::unordered_map<std::uint64_t, std::size_t> index_;
-  Problem problem_;
+  Problem whole_, problem_;  ///< of the record; with what its choice can compute again (sound())
+  Problem small_problem_;    ///< the same of smallest_
   std::vector<std::vector<BlockWay>> block_ways_;
   Solution smallest_, chosen_;
   std::optional<Solution> every_block_;

@@ -180,6 +180,10 @@ class BasicRebuilt final : public Stored, public std::enable_shared_from_this<Ba
     for (const Input& input : inputs_)
       if (input.stored != nullptr) input.stored->add_rounded(items);
   }
+  void add_sources(const StoredWatch* watch, std::vector<std::uint32_t>& items) const override {
+    for (const Input& input : inputs_)
+      if (input.stored != nullptr) input.stored->add_as_source(watch, items);
+  }
 
   /// What it is computed from is about to be written to: computed now, and held.
   void before_input_write() override {

@@ -121,6 +121,10 @@ class BasicStored {
   void watch(std::shared_ptr<StoredWatch> watch, std::uint32_t item) {
     watch_ = std::move(watch), item_ = item;
     watch_->held(item, kind(), own_bytes(), extent_.numel());
+    if (kind() != StoredAs::kRebuilt) return;
+    std::vector<std::uint32_t> sources;
+    add_sources(watch_.get(), sources);
+    watch_->rebuilt_from(item, sources);
   }
   /// What the watch knows it by; none: nobody watches.
   [[nodiscard]] std::optional<std::uint32_t> item() const {
@@ -128,6 +132,17 @@ class BasicStored {
   }
   /// The items of all that is rounded and that its values come from.
   virtual void add_rounded(std::vector<std::uint32_t>& items) const { static_cast<void>(items); }
+  /// The items, as `watch` knows them, from which it is computed again.
+  virtual void add_sources(const StoredWatch* watch, std::vector<std::uint32_t>& items) const {
+    static_cast<void>(watch), static_cast<void>(items);
+  }
+  /// The item itself where `watch` knows it, else what it is computed from.
+  void add_as_source(const StoredWatch* watch, std::vector<std::uint32_t>& items) const {
+    if (watch_.get() == watch)
+      items.push_back(item_);
+    else
+      add_sources(watch, items);
+  }
   /// Another operator saves it.
   void note_again() const {
     use_->note_saved();

@@ -175,6 +175,9 @@ class BasicDecoded final : public Stored {
   void add_rounded(std::vector<std::uint32_t>& items) const override {
     source_->add_rounded(items);
   }
+  void add_sources(const StoredWatch* watch, std::vector<std::uint32_t>& items) const override {
+    source_->add_as_source(watch, items);
+  }
 
  private:
   const std::shared_ptr<Stored> source_;
