@@ -35,6 +35,12 @@ struct SavedStorage {
   const at::Tensor* values = nullptr;  ///< what is saved of it
 };
 
+/// A storage from which another one is computed again.
+struct RebuildSource {
+  std::uint32_t item = 0;
+  bool even_kept = true;  ///< also where it is kept: writing to it before backward is an error then
+};
+
 /// Told what happens to one storage, on any thread.
 class StoredWatch {
  public:
@@ -42,7 +48,7 @@ class StoredWatch {
   /// It is held so, in `bytes` of its own (those of a storage that is kept are not).
   virtual void held(std::uint32_t item, StoredAs kind, std::int64_t bytes, std::int64_t values) = 0;
   /// It is not held, but computed again from these items: told after held().
-  virtual void rebuilt_from(std::uint32_t item, const std::vector<std::uint32_t>& sources) {
+  virtual void rebuilt_from(std::uint32_t item, const std::vector<RebuildSource>& sources) {
     static_cast<void>(item), static_cast<void>(sources);
   }
   /// Its values are about to be made again, and were: `dense` is the copy.

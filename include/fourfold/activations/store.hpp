@@ -265,12 +265,11 @@ std::shared_ptr<door::Saved> BasicActivationStore<T>::hold(const at::Tensor& ten
   if (Stored found = index_->find(key, version, view.dtype, extent);
       found != nullptr && (!exact || found->exact())) {
     if (tape != nullptr) tape->note_saved(found);
+    if (tape != nullptr && tape->frame() != nullptr) found->note_saver(tape->frame()->time);
     if (found->kind() != StoredAs::kKept) {
       found->note_again();
       return as(found, std::move(view));
     }
-    if (tape != nullptr && tape->frame() != nullptr)
-      static_cast<detail::Kept&>(*found).note_saver(tape->frame()->time);
     found->note_again();
     totals_->kept.fetch_add(1, std::memory_order_relaxed);
     return std::make_shared<detail::SavedAsIs>(tensor, std::move(found));
@@ -305,6 +304,7 @@ std::shared_ptr<door::Saved> BasicActivationStore<T>::hold(const at::Tensor& ten
   if (stored == nullptr) return keep(tensor, tape, /*written=*/true, choice);
   if (choice.watch != nullptr) stored->watch(std::move(choice.watch), choice.item);
   if (tape != nullptr) tape->note_saved(stored);
+  if (tape != nullptr && tape->frame() != nullptr) stored->note_saver(tape->frame()->time);
   return as(stored, std::move(view));
 }
 

@@ -81,7 +81,7 @@ struct StorageRecord {
   double coding_ms = 0;                  ///< to pack and unpack it, where that was not measured
   double offload_ms = -1;                ///< to a file and back; below 0: it stays in memory
   int saved_at = -1, read_at = -1;       ///< positions; -1: never
-  std::vector<std::uint32_t> sources{};  ///< storages that it was computed from again
+  std::vector<RebuildSource> sources{};  ///< storages that it was computed from again
   bool rebuild_fails = false;            ///< under another plan its inputs were not at hand
 
   /// The ways in which it can be held; keeping it comes first.

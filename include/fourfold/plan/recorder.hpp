@@ -79,7 +79,7 @@ class Recorder {
     storage.held.push_back({position(), -1, bytes});
     if (kind == StoredAs::kPacked) storage.packed.push_back({position(), -1, values});
   }
-  void rebuilt_from(std::uint32_t item, const std::vector<std::uint32_t>& sources) {
+  void rebuilt_from(std::uint32_t item, const std::vector<RebuildSource>& sources) {
     record_.storages[item].sources = sources;
   }
   /// Between two events: before and after.

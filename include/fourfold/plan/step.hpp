@@ -118,7 +118,7 @@ class Step final : public StoredWatch, public std::enable_shared_from_this<Step>
     recorder_->held(item, kind, bytes, values);
     event();
   }
-  void rebuilt_from(std::uint32_t item, const std::vector<std::uint32_t>& sources) override {
+  void rebuilt_from(std::uint32_t item, const std::vector<RebuildSource>& sources) override {
     const std::lock_guard lock(mutex_);
     if (recorder_) recorder_->rebuilt_from(item, sources);
   }

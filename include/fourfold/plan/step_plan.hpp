@@ -193,18 +193,26 @@ class StepPlan {
       if (holds) return out;
     }
   }
-  /// Whether `storage` is to be computed again from what a block saves that runs again itself.
+  /// Whether `storage` is to be computed again from what a block saves that runs again itself, or
+  /// from what is kept, so that it could be written to unseen.
   [[nodiscard]] bool lacks_source(const std::vector<int>& choice, std::size_t storage) const {
     const StorageRecord& one = record_.storages[storage];
     if (one.sources.empty() ||
         one.ways()[static_cast<std::size_t>(choice[storage])].kind != Way::Kind::kRebuild)
       return false;
-    return std::any_of(one.sources.begin(), one.sources.end(), [&](std::uint32_t source) {
-      const int block = record_.storages[source].block;
-      if (block < 0 || choice[record_.storages.size() + static_cast<std::size_t>(block)] == 0)
-        return false;
-      const auto& inputs = record_.blocks[static_cast<std::size_t>(block)].inputs;
-      return std::find(inputs.begin(), inputs.end(), source) == inputs.end();
+    return std::any_of(one.sources.begin(), one.sources.end(), [&](const RebuildSource& source) {
+      const StorageRecord& from = record_.storages[source.item];
+      Way::Kind held = from.ways()[static_cast<std::size_t>(choice[source.item])].kind;
+      if (from.block >= 0) {
+        const auto block = static_cast<std::size_t>(from.block);
+        const int way = choice[record_.storages.size() + block];
+        if (way != 0) {
+          const auto& inputs = record_.blocks[block].inputs;
+          if (std::find(inputs.begin(), inputs.end(), source.item) == inputs.end()) return true;
+          held = block_ways_[block][static_cast<std::size_t>(way)].input;
+        }
+      }
+      return held == Way::Kind::kKeep && !source.even_kept;
     });
   }
   [[nodiscard]] std::ptrdiff_t blocks_again(const Solution& of) const {

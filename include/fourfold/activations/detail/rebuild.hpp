@@ -24,15 +24,14 @@ std::shared_ptr<Rebuilt> rebuild_call(const Tape& tape, const WeakStorage& stora
                                       int depth);
 
 /// Whether plain LibTorch would throw too, should the input be written to before backward and out
-/// of our sight: the operator saved its input itself, or the input's own operator did.
+/// of our sight: the operator saved its input itself, or the input's own operator did. (Of a copy,
+/// or what is computed, nobody asks.)
 template <class = void>
 bool written_is_an_error(Stored& held, const OperatorCall& call,
                          const OperatorCall::Argument& argument, const Tape::Origin* origin) {
-  if (held.kind() != StoredAs::kKept) return true;  // a copy, or computed
-  Kept& kept = static_cast<Kept&>(held);
-  if (kept.saved_by(call.time)) return true;
+  if (held.saved_by(call.time)) return true;
   return argument.requires_grad && origin != nullptr &&
-         (kept.saved_by(origin->began) || kept.saved_by(origin->written));
+         (held.saved_by(origin->began) || held.saved_by(origin->written));
 }
 
 template <class = void>
@@ -54,9 +53,11 @@ std::optional<Rebuilt::Input> rebuild_input(const Tape& tape, const OperatorCall
   const Extent extent(argument.view);
   std::shared_ptr<Stored> held =
       tape.index()->find(key, argument.version, argument.view.dtype, extent);
-  if (held != nullptr && Rebuilt::depth_of(*held) < depth &&
-      written_is_an_error(*held, call, argument, origin))
-    return Rebuilt::Input{{}, std::move(held), argument.view};
+  if (held != nullptr && Rebuilt::depth_of(*held) < depth) {
+    const bool even_kept = written_is_an_error(*held, call, argument, origin);
+    if (even_kept || held->kind() != StoredAs::kKept)
+      return Rebuilt::Input{{}, std::move(held), argument.view, even_kept};
+  }
   if (depth > 1 && origin != nullptr && origin->call != nullptr)
     if (std::shared_ptr<Stored> result = rebuild(tape, *origin, argument.version, depth - 1))
       return Rebuilt::Input{{}, std::move(result), argument.view};

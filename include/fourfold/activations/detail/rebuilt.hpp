@@ -67,6 +67,7 @@ struct RebuiltInput {
   at::IValue constant;             ///< if `stored` is null
   std::shared_ptr<Stored> stored;  ///< else its view
   StorageView view;
+  bool even_kept = true;  ///< also were `stored` kept (written_is_an_error)
 };
 
 /// Values of a result of `call` that can be computed from as many of each input: 1 where the operator
@@ -180,9 +181,9 @@ class BasicRebuilt final : public Stored, public std::enable_shared_from_this<Ba
     for (const Input& input : inputs_)
       if (input.stored != nullptr) input.stored->add_rounded(items);
   }
-  void add_sources(const StoredWatch* watch, std::vector<std::uint32_t>& items) const override {
+  void add_sources(const StoredWatch* watch, std::vector<RebuildSource>& items) const override {
     for (const Input& input : inputs_)
-      if (input.stored != nullptr) input.stored->add_as_source(watch, items);
+      if (input.stored != nullptr) input.stored->add_as_source(watch, input.even_kept, items);
   }
 
   /// What it is computed from is about to be written to: computed now, and held.

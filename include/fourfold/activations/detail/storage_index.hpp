@@ -12,6 +12,7 @@
 #include <fourfold/activations/saved_plan.hpp>  // StoredAs, StoredWatch
 #include <fourfold/core/pointer_map.hpp>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <memory>
@@ -122,7 +123,7 @@ class BasicStored {
     watch_ = std::move(watch), item_ = item;
     watch_->held(item, kind(), own_bytes(), extent_.numel());
     if (kind() != StoredAs::kRebuilt) return;
-    std::vector<std::uint32_t> sources;
+    std::vector<RebuildSource> sources;
     add_sources(watch_.get(), sources);
     watch_->rebuilt_from(item, sources);
   }
@@ -132,14 +133,24 @@ class BasicStored {
   }
   /// The items of all that is rounded and that its values come from.
   virtual void add_rounded(std::vector<std::uint32_t>& items) const { static_cast<void>(items); }
+  /// An operator, by its time on the tape, saved it.
+  void note_saver(std::uint64_t time) {
+    const std::lock_guard lock(savers_mutex_);
+    if (savers_.empty() || savers_.back() != time) savers_.push_back(time);
+  }
+  [[nodiscard]] bool saved_by(std::uint64_t time) {
+    const std::lock_guard lock(savers_mutex_);
+    return time != 0 && std::find(savers_.begin(), savers_.end(), time) != savers_.end();
+  }
   /// The items, as `watch` knows them, from which it is computed again.
-  virtual void add_sources(const StoredWatch* watch, std::vector<std::uint32_t>& items) const {
+  virtual void add_sources(const StoredWatch* watch, std::vector<RebuildSource>& items) const {
     static_cast<void>(watch), static_cast<void>(items);
   }
   /// The item itself where `watch` knows it, else what it is computed from.
-  void add_as_source(const StoredWatch* watch, std::vector<std::uint32_t>& items) const {
+  void add_as_source(const StoredWatch* watch, bool even_kept,
+                     std::vector<RebuildSource>& items) const {
     if (watch_.get() == watch)
-      items.push_back(item_);
+      items.push_back({item_, even_kept});
     else
       add_sources(watch, items);
   }
@@ -165,6 +176,8 @@ class BasicStored {
  private:
   std::shared_ptr<StoredWatch> watch_;  // null: nobody asks
   std::uint32_t item_ = 0;
+  std::mutex savers_mutex_;
+  std::vector<std::uint64_t> savers_;
 };
 using Stored = BasicStored<>;
 

@@ -54,15 +54,6 @@ class BasicKept final : public Stored {
     for (const auto& weak : dependents)
       if (const auto one = weak.lock()) one->before_input_write();
   }
-  /// An operator, by its time on the tape, saved it.
-  void note_saver(std::uint64_t time) {
-    const std::lock_guard lock(mutex_);
-    if (savers_.empty() || savers_.back() != time) savers_.push_back(time);
-  }
-  [[nodiscard]] bool saved_by(std::uint64_t time) {
-    const std::lock_guard lock(mutex_);
-    return time != 0 && std::find(savers_.begin(), savers_.end(), time) != savers_.end();
-  }
   void add_dependent(std::weak_ptr<Stored> stored) {
     const std::lock_guard lock(mutex_);
     dependents_.push_back(std::move(stored));
@@ -73,7 +64,6 @@ class BasicKept final : public Stored {
   const c10::VariableVersion counter_;
   std::mutex mutex_;
   std::vector<std::weak_ptr<Stored>> dependents_;
-  std::vector<std::uint64_t> savers_;
 };
 using Kept = BasicKept<>;
 
@@ -175,8 +165,8 @@ class BasicDecoded final : public Stored {
   void add_rounded(std::vector<std::uint32_t>& items) const override {
     source_->add_rounded(items);
   }
-  void add_sources(const StoredWatch* watch, std::vector<std::uint32_t>& items) const override {
-    source_->add_as_source(watch, items);
+  void add_sources(const StoredWatch* watch, std::vector<RebuildSource>& items) const override {
+    source_->add_as_source(watch, /*even_kept=*/true, items);
   }
 
  private:
