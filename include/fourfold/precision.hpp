@@ -103,8 +103,8 @@ struct AllWeights {};  ///< embeddings too
 /// in place and for good when the pipeline is made, and their gradients come in T: give
 /// OptimizerStates something to keep of what T rounds away (optim/master_codec.hpp; with
 /// ErrorCorrection<16> weights are fp32 in two halves, and no cast of them exists). What this first
-/// rounding takes waits, in 2 bytes a weight, for pipeline.optimizer(), so that training is as with
-/// fp32 weights from the first step on. The model then runs in a scope, or under an AutocastGuard,
+/// rounding takes waits, in 2 bytes a weight, for pipeline.optimizer() (for ever, if you make another
+/// one), so that training is as with fp32 weights from the first step on; move the model before. The model then runs in a scope, or under an AutocastGuard,
 /// alone: evaluate it there too.
 /// Error, nothing changed: such a parameter has a gradient, which would be of another type.
 template <class T, class Held = NoWeights>
@@ -142,7 +142,7 @@ struct Precision {
       const PlaceGuard place(Place::kWeights);
       const RoundedWeight one = split(before.to(at::kFloat));
       p.set_data(one.weight);
-      rounded.push_back({p, one.rest, p._version()});
+      rounded.push_back({p, one.rest, p.detach(), p._version()});
     }
     return rounded;
   }

@@ -246,8 +246,8 @@ at::Tensor three_quarters(const at::Tensor& weight, const at::Tensor& rest,
   p.set_requires_grad(true);
   AdamWOf<Int8, MasterCodec> optimizer(std::vector<at::Tensor>{p},
                                        AdamWOptions(0.25).weight_decay(1));
-  const fourfold::RoundedWeight one{p, rest, p._version() - (set_since ? 1 : 0)};
-  optimizer.start_from({one, {torch::ones({2}), torch::ones({2}), 0}});
+  const fourfold::RoundedWeight one{p, rest, p.detach(), p._version() - (set_since ? 1 : 0)};
+  optimizer.start_from({one, {torch::ones({2}), torch::ones({2}), torch::ones({2}), 0}});
   p.mutable_grad() = torch::zeros_like(p);
   optimizer.step();
   return p.detach();

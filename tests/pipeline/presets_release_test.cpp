@@ -94,10 +94,15 @@ TEST(HeldWeights, AnotherValueSetSinceCounts) {
     const torch::NoGradGuard no_grad;
     model->head->weight.fill_(1);
   }
+  auto& layer = *model->layers->ptr(0)->as<torch::nn::Linear>();
+  layer.weight.set_data(torch::ones_like(layer.weight));
+  layer.bias.set_data(torch::ones_like(layer.bias).to(torch::kFloat));
   const auto optimizer = pipeline.optimizer(torch::optim::AdamWOptions(0.5).weight_decay(1));
-  model->head->weight.mutable_grad() = torch::zeros_like(model->head->weight);
+  for (torch::Tensor p : {model->head->weight, layer.weight, layer.bias})
+    p.mutable_grad() = torch::zeros_like(p);
   optimizer->step();
-  EXPECT_TRUE(model->head->weight.eq(0.5).all().item<bool>());
+  for (const torch::Tensor& p : {model->head->weight, layer.weight, layer.bias})
+    EXPECT_TRUE(p.eq(0.5).all().item<bool>());
 }
 TEST(HeldWeights, EmbeddingsToo) {
   auto model = net();

@@ -169,6 +169,18 @@ TEST_F(PackedBackward, AGradientThatSharesMemoryIsNotWrittenTo) {
   expect_equal(at::gelu_backward(expanded, packed), at::gelu_backward(expanded, plain(x)));
 }
 
+TEST_F(PackedBackward, LayerNormTakesAPackedWeight) {
+  const Tensor x = torch::randn({8, 256}), g = torch::randn_like(x), weight = torch::randn({256});
+  const auto statistics = at::native_layer_norm(x, {256}, weight, weight, 1e-5);
+  const auto backward = [&](const Tensor& gain) {
+    return at::native_layer_norm_backward(g, x, {256}, std::get<1>(statistics),
+                                          std::get<2>(statistics), gain, gain, {true, true, true});
+  };
+  const auto ours = backward(pack(weight)), expected = backward(plain(weight));
+  expect_equal(std::get<0>(ours), std::get<0>(expected));
+  expect_equal(std::get<1>(ours), std::get<1>(expected));
+}
+
 TEST_F(PackedBackward, LayerNormEqualsTheWholeInItsInputAndWithinRoundingInItsWeights) {
   for (const auto dtype : {torch::kFloat, torch::kBFloat16}) {
     const std::int64_t rows = 96, row = 256;

@@ -74,10 +74,10 @@ std::shared_ptr<OpenBlocks>& innermost_blocks() {
 
 /// Those that a checkpoint would hold.
 template <class... Inputs>
-std::vector<at::Tensor> tensors_in(const Inputs&... inputs) {
+std::vector<at::Tensor> tensors_in(Inputs&... inputs) {
   std::vector<at::Tensor> tensors;
-  std::tuple<std::decay_t<Inputs>...> copies(inputs...);
-  for_each_tensor(copies, [&](at::Tensor& tensor) { tensors.push_back(tensor); });
+  std::tuple<Inputs&...> all(inputs...);
+  for_each_tensor(all, [&](at::Tensor& tensor) { tensors.push_back(tensor); });
   return tensors;
 }
 

@@ -9,8 +9,8 @@
 ///
 /// The file has no name, so nothing is left of it whatever ends the process. Room on the disk is
 /// reserved before a tensor is held: one that does not fit stays in memory (one warning), and no
-/// write can fail for want of room. Parameters on a GPU are stepped as host_memory.hpp says. Tensors may outlive the MappedFile. A process that forks shares
-/// them with its child: let one of both write.
+/// write can fail for want of room. Parameters on a GPU are stepped as host_memory.hpp says. Tensors
+/// may outlive the MappedFile. A process that forks shares them with its child: let one of both write.
 #include <ATen/core/grad_mode.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/from_blob.h>

@@ -299,12 +299,14 @@ void Optimizer<R, M, V, W>::read_ahead(const at::Tensor& p, State& state) {
 template <UpdateRule R, class M, class V, class W>
 void Optimizer<R, M, V, W>::start_from(std::vector<RoundedWeight> rounded) {
   if constexpr (kKeepsWeights) {
+    const c10::NoGradGuard no_grad;
     const std::lock_guard<std::mutex> lock(*mutex_);
     for_each_parameter([&](const at::Tensor& p, const GroupPlace& at) {
       for (RoundedWeight& one : rounded) {
         if (!one.rest.defined() || !one.weight.is_same(p)) continue;
+        const bool counts = one.is_as_it_was() && p.requires_grad();
         const at::Tensor rest = std::exchange(one.rest, {});
-        if (p._version() != one.version || !p.requires_grad()) continue;
+        if (!counts) continue;
         State& state = state_for(p);
         state.place = at;
         state.template make<R>(p, options_of(at.group), states_.min_packed_elements, state.device);
@@ -318,19 +320,22 @@ template <UpdateRule R, class M, class V, class W>
 void Optimizer<R, M, V, W>::load(::torch::serialize::InputArchive& archive) {
   detail::LoadedStates<R, State> loaded(archive, param_groups_, states_.min_packed_elements,
                                         /*on_host=*/states_.offload != nullptr);
+  for (std::size_t g = 0; g < param_groups_.size(); ++g) {  // what may throw
+    static_cast<void>(options_of(g));
+    for (auto& state : loaded.groups[g].states)
+      if (states_.offload && state != nullptr)
+        state->for_each_buffer([&](at::Tensor& buffer) { buffer = states_.offload->hold(buffer); });
+  }
   seed_ = loaded.seed;
   for (std::size_t g = 0; g < param_groups_.size(); ++g) {
     options_of(g) = static_cast<const Options&>(*loaded.groups[g].options);
     for (std::size_t i = 0; i < param_groups_[g].params().size(); ++i) {
       void* key = param_groups_[g].params()[i].unsafeGetTensorImpl();
       auto& state = loaded.groups[g].states[i];
-      if (state == nullptr) {
+      if (state == nullptr)
         state_.erase(key);
-        continue;
-      }
-      if (states_.offload)
-        state->for_each_buffer([&](at::Tensor& buffer) { buffer = states_.offload->hold(buffer); });
-      state_[key] = std::move(state);
+      else
+        state_[key] = std::move(state);
     }
   }
 }

@@ -13,6 +13,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -161,7 +162,11 @@ class BitPlanner final : public SavedPlan, public std::enable_shared_from_this<B
     if (!gradient.defined() || gradient.layout() != at::kStrided) return;
     const double squares = sum_of_squares(gradient);
     const std::lock_guard lock(mutex_);
-    if (study_ != nullptr && studies_ == study) study_->gradient(product, squares);
+    if (study_ == nullptr || studies_ != study) return;
+    if (std::isfinite(squares))
+      study_->gradient(product, squares);
+    else
+      study_.reset(), next_ = forwards_;  // a loss scale that was too large: the next forward, then
   }
   /// Of the gradient that the product's weight gets; over the rows, where its batches are not known.
   [[nodiscard]] double own_variance(const BitStudy::Product& product) const {

@@ -12,6 +12,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <vector>
@@ -37,7 +38,7 @@ class GradientVariance {
   static constexpr std::int64_t kSample = 256;
   static constexpr double kDecay = 0.9;
 
-  /// One batch's gradient; all of one size.
+  /// One batch's gradient; all of one size. One that is not finite is left out.
   template <class = void>
   void add(const at::Tensor& gradient) {
     const at::NoGradGuard no_grad;
@@ -49,8 +50,9 @@ class GradientVariance {
     const std::int64_t count = std::min(kSample, numel_), every = numel_ / count;
     const at::Tensor some =
         flat.slice(0, 0, count * every, every).to(at::kCPU, at::kDouble).contiguous();
-    mean_.resize(static_cast<std::size_t>(count)), square_.resize(mean_.size());
     const double* x = some.const_data_ptr<double>();
+    if (!std::all_of(x, x + count, [](double value) { return std::isfinite(value); })) return;
+    mean_.resize(static_cast<std::size_t>(count)), square_.resize(mean_.size());
     for (std::size_t i = 0; i < mean_.size(); ++i) {
       mean_[i] += (1 - kDecay) * (x[i] - mean_[i]);
       square_[i] += (1 - kDecay) * (x[i] * x[i] - square_[i]);

@@ -117,8 +117,12 @@ at::Tensor log_softmax_backward(const at::Tensor& gradient, const at::Tensor& ou
 template <class = void>
 std::tuple<at::Tensor, at::Tensor, at::Tensor> layer_norm_backward(
     const at::Tensor& gradient, const at::Tensor& input, at::IntArrayRef normalized,
-    const at::Tensor& mean, const at::Tensor& rstd, const std::optional<at::Tensor>& weight,
-    const std::optional<at::Tensor>& bias, std::array<bool, 3> mask) {
+    const at::Tensor& mean, const at::Tensor& rstd, const std::optional<at::Tensor>& any_weight,
+    const std::optional<at::Tensor>& any_bias, std::array<bool, 3> mask) {
+  const auto plain = [](const std::optional<at::Tensor>& tensor) {
+    return tensor && tensor->defined() ? std::optional(plain_values(*tensor)) : std::nullopt;
+  };
+  const std::optional<at::Tensor> weight = plain(any_weight), bias = plain(any_bias);
   const auto flat = [](const std::optional<at::Tensor>& tensor) {
     return tensor && tensor->defined() ? std::optional(tensor->reshape({-1})) : std::nullopt;
   };

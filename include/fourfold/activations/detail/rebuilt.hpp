@@ -161,6 +161,7 @@ class BasicRebuilt final : public Stored, public std::enable_shared_from_this<Ba
     note_decoding();
     const at::Tensor values = compute();
     dense_ = values.storage().getWeakStorageImpl();
+    values.storage().unsafeGetStorageImpl()->set_resizable(false);  // others read it: no result's
     note_decoded(values.storage());
     return values.storage();
   }

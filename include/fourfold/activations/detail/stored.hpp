@@ -106,6 +106,7 @@ class BasicPacked final : public Stored, public std::enable_shared_from_this<Bas
     if (values.storage().unsafeGetStorageImpl() == use_->key())
       return values.storage();  // as it is
     dense_ = values.storage().getWeakStorageImpl();
+    values.storage().unsafeGetStorageImpl()->set_resizable(false);  // others read it: no result's
     decoded_on_ = cuda::current_stream(values.device());
     note_decoded(values.storage());
     if (extent_.dense()) use_->index()->mark_decoded(values.storage(), weak_from_this());

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 /// What an optimizer's noise goes by: the default generator's seed, and what its parameters are when
-/// it is made. So two optimizers of one program, of a generator and a discriminator say, share none,
-/// and a run of the same program has the same.
+/// it is made. So two optimizers of one program, of a generator and a discriminator say, share none
+/// unless their weights begin alike, and a run of the same program has the same.
 #include <ATen/core/Tensor.h>
 #include <ATen/CPUGeneratorImpl.h>
 #include <fourfold/core/random.hpp>

@@ -130,7 +130,8 @@ class AverageOf {
       }
     const at::Tensor here =
         now.to(std::is_same_v<C, OnHost> ? at::Device(at::kCPU) : now.device(), held_as());
-    if (!dense_.defined() || !dense_.sizes().equals(here.sizes()))
+    if (!dense_.defined() || !dense_.sizes().equals(here.sizes()) ||
+        (!here.is_floating_point() && dense_.device() != here.device()))
       dense_ = here.clone(), hold();
     else if (share == 1 || !here.is_floating_point())
       dense_.copy_(here);
