@@ -160,12 +160,12 @@ struct Precision {
   static RoundedWeight split(const at::Tensor& x) {
     if constexpr (std::is_same_v<T, Half>) {
       const at::Tensor weight = x.to(at::kHalf);
-      return {weight, x.sub(weight).to(at::kHalf)};
+      return {weight, x.sub(weight).to(at::kHalf), {}, 0};
     } else {
       const at::Tensor bits = x.view(at::kInt);
       const at::Tensor upper = bits.add(0x8000).bitwise_and_(static_cast<std::int64_t>(-0x10000));
       const at::Tensor weight = upper.view(at::kFloat).to(at::kBFloat16);  // exact
-      return {weight, bits.sub(upper).to(at::kShort).view(at::kBFloat16)};
+      return {weight, bits.sub(upper).to(at::kShort).view(at::kBFloat16), {}, 0};
     }
   }
   /// Each parameter once, whatever it is tied to.

@@ -76,7 +76,8 @@ std::shared_ptr<OpenBlocks>& innermost_blocks() {
 template <class... Inputs>
 std::vector<at::Tensor> tensors_in(Inputs&... inputs) {
   std::vector<at::Tensor> tensors;
-  std::tuple<Inputs&...> all(inputs...);
+  std::tuple<std::remove_const_t<Inputs>&...> all(  // read alone
+      const_cast<std::remove_const_t<Inputs>&>(inputs)...);
   for_each_tensor(all, [&](at::Tensor& tensor) { tensors.push_back(tensor); });
   return tensors;
 }
