@@ -34,6 +34,8 @@ class Saved final : public door::SavedPayload {
   }
   std::int64_t granule() const override { return codes_->granule(); }
   bool exact() const override { return exact_; }
+  void reading(std::int64_t bytes) const override { ++open, overwritten = bytes; }
+  void read() const noexcept override { --open; }
   void decode(std::int64_t begin, std::int64_t end, float* out) const override {
     codes_->decode(begin, end, out);
   }
@@ -49,8 +51,8 @@ class Saved final : public door::SavedPayload {
   bool factorised() const override { return false; }
   const std::vector<Tensor>& buffers() const override { return codes_->buffers(); }
 
-  mutable int whole = 0, pieces = 0, throw_at = 0;
-  mutable std::int64_t most = 0;
+  mutable int whole = 0, pieces = 0, throw_at = 0, open = 0;
+  mutable std::int64_t most = 0, overwritten = 0;
 
  private:
   const std::shared_ptr<const Payload> codes_;
@@ -139,11 +141,13 @@ TEST_F(PackedBackward, AGradientOfNobodyElseTakesTheResult) {
     const void* memory = g.data_ptr();
     EXPECT_EQ(op.run(g, packed).data_ptr(), memory);
     expect_equal(g, expected);
+    EXPECT_EQ(saved_->overwritten, g.nbytes()) << "who saved it is told";
 
     g.copy_(copy);
     const Tensor seen = g;  // somebody else holds it
     EXPECT_NE(op.run(g, packed).data_ptr(), memory);
     EXPECT_TRUE(g.equal(copy));
+    EXPECT_EQ(saved_->overwritten, 0);
   }
 }
 
@@ -304,6 +308,7 @@ TEST_F(PackedBackward, AnErrorInTheMiddleLeavesNoTensorHeld) {
     if (i == 1) {
       EXPECT_THROW(g.t().mm(packed), std::runtime_error);
     }
+    EXPECT_EQ(saved_->open, 0) << "reading has ended";
   }
   saved_->throw_at = 0;
   expect_equal(at::gelu_backward(g, packed), at::gelu_backward(g, plain(x)));

@@ -54,6 +54,12 @@ class StoredWatch {
   /// Its values are about to be made again, and were: `dense` is the copy.
   virtual void decoding(std::uint32_t item) noexcept = 0;
   virtual void decoded(std::uint32_t item, const c10::Storage& dense) noexcept = 0;
+  /// It is about to be read in pieces, and was. The result, of so many bytes, takes the memory of the
+  /// gradient that came in, as that of LibTorch's own operators does not; 0: it has its own.
+  virtual void reading(std::uint32_t item, std::int64_t overwritten) noexcept {
+    static_cast<void>(item), static_cast<void>(overwritten);
+  }
+  virtual void read(std::uint32_t) noexcept {}
   /// Another operator saves the same values.
   virtual void again(std::uint32_t) noexcept {}
   /// Nothing holds it any more.

@@ -68,13 +68,15 @@ struct StorageRecord {
   std::int64_t bytes = 0;  ///< of the storage, if it is kept
   StoredAs kind = StoredAs::kKept;
   bool sensitive = false;
-  bool packable = false;       ///< a codec may hold it, whatever else is open to it
-  int block = -1;              ///< the one block within which alone it is saved
-  bool input_alone = false;    ///< nobody saves it: a block starts from it
-  Span kept{};                 ///< where keeping it needs its bytes: after nobody else holds it
-  std::vector<Span> held{};    ///< what was held in its stead, of its own
-  std::vector<Span> packed{};  ///< of these the codec's; `bytes` are values
-  std::vector<Span> dense{};   ///< copies while they were read
+  bool packable = false;        ///< a codec may hold it, whatever else is open to it
+  int block = -1;               ///< the one block within which alone it is saved
+  bool input_alone = false;     ///< nobody saves it: a block starts from it
+  Span kept{};                  ///< where keeping it needs its bytes: after nobody else holds it
+  std::vector<Span> held{};     ///< what was held in its stead, of its own
+  std::vector<Span> packed{};   ///< of these the codec's; `bytes` are values
+  std::vector<Span> dense{};    ///< copies while they were read
+  std::vector<Span> pieces{};   ///< likewise, where it was read in pieces
+  std::vector<Span> results{};  ///< of who read it so, over a gradient: else in memory of their own
   double pack_ms = 0, unpack_ms = 0;
   std::vector<RungEstimate> rungs{};     ///< from a sample of its values
   RungEstimate finest{};                 ///< of the sensitive codec; 0 bytes: there is none
@@ -147,10 +149,23 @@ struct StorageRecord {
     return out;
   }
   [[nodiscard]] std::vector<Span> spans(const Way& way) const {
-    if (way.kind == Way::Kind::kKeep) return {kept};
-    std::vector<Span> out = held_as(way);
-    out.insert(out.end(), dense.begin(), dense.end());
+    const bool keep = way.kind == Way::Kind::kKeep;
+    const bool whole_copy = way.kind == Way::Kind::kOffload && read_in_pieces();
+    std::vector<Span> out = keep ? std::vector<Span>{kept} : held_as(way);
+    if (keep || whole_copy) append(out, results);
+    if (!keep) append(out, dense);
+    if (whole_copy)
+      out.push_back(whole());
+    else if (!keep)
+      append(out, pieces);
     return out;
+  }
+  /// Without a copy of all of it.
+  [[nodiscard]] bool read_in_pieces() const { return dense.empty() && !pieces.empty(); }
+  /// The copy that it needs where it is not.
+  [[nodiscard]] Span whole() const { return {read_at, kept.last, bytes}; }
+  static void append(std::vector<Span>& spans, const std::vector<Span>& more) {
+    spans.insert(spans.end(), more.begin(), more.end());
   }
   [[nodiscard]] std::int64_t coded_bytes(const RungEstimate& by) const {
     const auto values = bytes / static_cast<std::int64_t>(c10::elementSize(dtype));
@@ -199,6 +214,17 @@ struct StepRecord {
       if (!(storages[i].id == other.storages[i].id) || storages[i].bytes != other.storages[i].bytes)
         return false;
     return true;
+  }
+
+  /// Whether a storage comes back to the bit, where `held(i)` is how the i-th is held. Then a product
+  /// reads it whole: a sum in pieces would be another one (torch/packed_backward.hpp).
+  template <class Held>
+  [[nodiscard]] bool exact(std::size_t storage, const Held& held) const {
+    const Way::Kind kind = held(storage);
+    if (kind != Way::Kind::kRebuild) return kind != Way::Kind::kPack;
+    const std::vector<RebuildSource>& from = storages[storage].sources;
+    return std::all_of(from.begin(), from.end(),
+                       [&](const RebuildSource& one) { return exact(one.item, held); });
   }
 };
 

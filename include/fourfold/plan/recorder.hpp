@@ -99,6 +99,21 @@ class Recorder {
     storage.dense.push_back({done.position, -1, static_cast<std::int64_t>(dense.nbytes())});
     copies_.emplace_back(dense, item);
   }
+  /// In pieces, from one event to another.
+  void reading(std::uint32_t item, std::int64_t overwritten) {
+    StorageRecord& storage = record_.storages[item];
+    note_read(storage, position());
+    if (overwritten > 0) storage.results.push_back({position(), -1, overwritten});
+    reading_ = {item, position()};
+  }
+  void read(std::uint32_t item) {
+    if (std::exchange(reading_.item, ~std::uint32_t{0}) != item) return;  // of another thread
+    for (int p = reading_.since; p < position(); p += 2) {
+      const auto most = static_cast<std::size_t>(p);
+      if (const std::int64_t more = record_.bytes[most] - record_.bytes[most - 1]; more > 0)
+        record_.storages[item].pieces.push_back({p, p, more});
+    }
+  }
   /// After an event.
   void released(std::uint32_t item) {
     const int last = position() - 2;  // where the most lived, as far as anybody knows
@@ -107,6 +122,7 @@ class Recorder {
     note_read(storage, last);
     close(storage.held, last);
     close(storage.packed, last);
+    close(storage.results, last);
     storage.kept.last = last;
     ended_ = Clock::now();
   }
@@ -152,6 +168,7 @@ class Recorder {
       close(storage.held, last);
       close(storage.packed, last);
       close(storage.dense, last);
+      close(storage.results, last);
       if (storage.kept.last < 0) storage.kept.last = last;
     }
     for (const Living& one : originals_) record_.storages[one.item].kept.first = last + 1;
@@ -185,6 +202,10 @@ class Recorder {
     WeakStorage storage;
     const void* block;
     std::size_t item;
+  };
+  struct Reading {
+    std::uint32_t item = ~std::uint32_t{0};
+    int since = 0;
   };
   struct Saving {
     std::size_t item = ~std::size_t{0};
@@ -272,6 +293,7 @@ class Recorder {
   const Clock::time_point started_;
   Clock::time_point ended_{started_};
   Saving saving_;
+  Reading reading_;
   detail::Sample sample_;
   double others_ms_ = 0;  // what the codecs took in forward, and samples
   std::vector<OpenBlock> open_;

@@ -135,6 +135,18 @@ class Step final : public StoredWatch, public std::enable_shared_from_this<Step>
     watch_.follow(dense);
     recorder_->decoded(item, dense);
   }
+  void reading(std::uint32_t item, std::int64_t overwritten) noexcept override {
+    const std::lock_guard lock(mutex_);
+    if (!recorder_) return;
+    event();
+    recorder_->reading(item, overwritten);
+  }
+  void read(std::uint32_t item) noexcept override {
+    const std::lock_guard lock(mutex_);
+    if (!recorder_) return;
+    event();
+    recorder_->read(item);
+  }
   void again(std::uint32_t item) noexcept override {
     const std::lock_guard lock(mutex_);
     if (recorder_) recorder_->again(item);

@@ -91,15 +91,16 @@ class StepPlan {
   /// `notches` points of the trade-off curve.
   void choose(std::int64_t room, std::int64_t budget, int notches) {
     // Until it was measured, and where it was: what it may be wrong by.
-    solve_within(room - correction_ - (steps_ == 0 ? budget / 50 : budget / 500), budget, notches);
+    const std::int64_t more = std::max<std::int64_t>(correction_, 0);
+    solve_within(room - more - (steps_ == 0 ? budget / 50 : budget / 500), budget, notches);
     // What a block keeps for its second run beside its inputs (statistics that it wrote) is in no
     // record: until such a plan was measured, room for it.
     if (steps_ > 0 && blocks_again(chosen_) > blocks_measured_)
-      solve_within(room - correction_ - budget / 100, budget, notches);
+      solve_within(room - more - budget / 100, budget, notches);
   }
 
   /// Above what lived when the step began.
-  [[nodiscard]] std::int64_t predicted() const { return chosen_.peak + correction_; }
+  [[nodiscard]] std::int64_t predicted() const { return chosen_.peak + correction(); }
 
   /// A step ran by the plan: `measured` above what lived when it began, `room` as for choose().
   void learn(std::int64_t measured, std::int64_t room, bool whole) {
@@ -114,6 +115,7 @@ class StepPlan {
     else if (!exceeded_)
       correction_ = std::max(difference, last_difference_.value_or(difference));
     last_difference_ = difference;
+    measured_ = chosen_.choice;
     blocks_measured_ = std::max(blocks_measured_, blocks_again(chosen_));
     ++steps_;
   }
@@ -140,7 +142,11 @@ class StepPlan {
   [[nodiscard]] std::int64_t gradients() const { return gradients_; }
   [[nodiscard]] const Problem& problem() const { return problem_; }
   [[nodiscard]] const Solution& chosen() const { return chosen_; }
-  [[nodiscard]] std::int64_t correction() const { return correction_; }
+  /// To the peak of the present choice. That another one needed less than was predicted says nothing
+  /// of this one.
+  [[nodiscard]] std::int64_t correction() const {
+    return chosen_.choice == measured_ ? correction_ : std::max<std::int64_t>(correction_, 0);
+  }
   bool strict = true;  ///< a storage that the record does not know asks for a new record
 
   [[nodiscard]] static std::uint64_t key(const StorageId& id) {
@@ -177,43 +183,65 @@ class StepPlan {
     most_ = most, solved_ = true;
   }
   /// What `solved` makes of the problem, where each storage that is computed again has what it is
-  /// computed from: one that has not costs what holding it does, and the problem is solved anew.
+  /// computed from: one that has not costs what holding it does, one that is read whole by that choice
+  /// and was not when it was recorded costs a copy, and the problem is solved anew.
   template <class Solved>
   [[nodiscard]] Solution sound(const Solved& solved) {
-    for (std::vector<bool> changed(record_.storages.size(), false);;) {
+    std::vector<bool> replaced(record_.storages.size(), false), copied = replaced;
+    for (;;) {
       Solution out = solved();
       bool holds = true;
-      for (std::size_t i = 0; i < changed.size(); ++i) {
-        if (changed[i] || !takes_part(problem_, out.choice, i) || !lacks_source(out.choice, i))
-          continue;
+      for (std::size_t i = 0; i < replaced.size(); ++i) {
+        if (replaced[i] || !takes_part(problem_, out.choice, i)) continue;
         std::vector<Option>& options = problem_.items[i].options;
-        options[static_cast<std::size_t>(out.choice[i])] = options[record_.storages[i].else_held()];
-        changed[i] = true, holds = false;
+        Option& chosen = options[static_cast<std::size_t>(out.choice[i])];
+        if (lacks_source(out.choice, i))
+          chosen = options[record_.storages[i].else_held()], replaced[i] = true;
+        else if (!copied[i] && must_be_whole(out.choice, i))
+          read_whole(chosen, record_.storages[i]), copied[i] = true;
+        else
+          continue;
+        holds = false;
       }
       if (holds) return out;
     }
   }
+  [[nodiscard]] Way::Kind kind_of(const std::vector<int>& choice, std::size_t storage) const {
+    return record_.storages[storage].ways()[static_cast<std::size_t>(choice[storage])].kind;
+  }
+  /// How it is held for others; nothing: a block that runs again saves it, so nobody does.
+  [[nodiscard]] std::optional<Way::Kind> held(const std::vector<int>& choice,
+                                              std::size_t storage) const {
+    const StorageRecord& one = record_.storages[storage];
+    if (one.block < 0) return kind_of(choice, storage);
+    const auto block = static_cast<std::size_t>(one.block);
+    const int way = choice[record_.storages.size() + block];
+    if (way == 0) return kind_of(choice, storage);
+    const auto& inputs = record_.blocks[block].inputs;
+    if (std::find(inputs.begin(), inputs.end(), storage) == inputs.end()) return std::nullopt;
+    return block_ways_[block][static_cast<std::size_t>(way)].input;
+  }
   /// Whether `storage` is to be computed again from what a block saves that runs again itself, or
   /// from what is kept, so that it could be written to unseen.
   [[nodiscard]] bool lacks_source(const std::vector<int>& choice, std::size_t storage) const {
-    const StorageRecord& one = record_.storages[storage];
-    if (one.sources.empty() ||
-        one.ways()[static_cast<std::size_t>(choice[storage])].kind != Way::Kind::kRebuild)
-      return false;
-    return std::any_of(one.sources.begin(), one.sources.end(), [&](const RebuildSource& source) {
-      const StorageRecord& from = record_.storages[source.item];
-      Way::Kind held = from.ways()[static_cast<std::size_t>(choice[source.item])].kind;
-      if (from.block >= 0) {
-        const auto block = static_cast<std::size_t>(from.block);
-        const int way = choice[record_.storages.size() + block];
-        if (way != 0) {
-          const auto& inputs = record_.blocks[block].inputs;
-          if (std::find(inputs.begin(), inputs.end(), source.item) == inputs.end()) return true;
-          held = block_ways_[block][static_cast<std::size_t>(way)].input;
-        }
-      }
-      return held == Way::Kind::kKeep && !source.even_kept;
-    });
+    const std::vector<RebuildSource>& sources = record_.storages[storage].sources;
+    return !sources.empty() && kind_of(choice, storage) == Way::Kind::kRebuild &&
+           std::any_of(sources.begin(), sources.end(), [&](const RebuildSource& source) {
+             const std::optional<Way::Kind> from = held(choice, source.item);
+             return !from || (*from == Way::Kind::kKeep && !source.even_kept);
+           });
+  }
+  static void read_whole(Option& option, const StorageRecord& storage) {
+    option.spans.push_back(storage.whole());
+    for (const Span& span : storage.pieces)
+      option.spans.push_back({span.first, span.last, -span.bytes});
+  }
+  /// Whether `storage`, which was recorded as read in pieces, comes back to the bit by `choice`.
+  [[nodiscard]] bool must_be_whole(const std::vector<int>& choice, std::size_t storage) const {
+    return record_.storages[storage].read_in_pieces() &&
+           kind_of(choice, storage) == Way::Kind::kRebuild &&
+           record_.exact(storage,
+                         [&](std::size_t i) { return held(choice, i).value_or(Way::Kind::kPack); });
   }
   [[nodiscard]] std::ptrdiff_t blocks_again(const Solution& of) const {
     const auto first = of.choice.begin() + std::ssize(record_.storages);
@@ -249,6 +277,7 @@ class StepPlan {
   mutable std::vector<Solution> curve_;
   std::int64_t most_ = 0, correction_ = 0, least_measured_ = 0;
   std::optional<std::int64_t> last_difference_;
+  std::vector<int> measured_;  // the choice of the last step that was
   int steps_ = 0;
   std::ptrdiff_t blocks_measured_ = 0;  // computed again, at most, in a step that was measured
   bool solved_ = false, exceeded_ = false;

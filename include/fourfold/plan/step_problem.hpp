@@ -60,10 +60,15 @@ class BasicBlockOptions {
         out.spans.push_back({block_.last + 1, run(), -one->bytes});
       } else if (stays_whole(*one, way)) {
         out.spans.push_back({block_.again, one->kept.last, one->bytes});
+        StorageRecord::append(out.spans, one->results);
       } else {
         for (const Span& span : one->held)
           out.spans.push_back({std::max(span.first, block_.again), span.last, span.bytes});
-        out.spans.insert(out.spans.end(), one->dense.begin(), one->dense.end());
+        StorageRecord::append(out.spans, one->dense);
+        if (one->kind == StoredAs::kRebuilt && one->read_in_pieces() && exact(*one, way))
+          out.spans.push_back(one->whole());
+        else
+          StorageRecord::append(out.spans, one->pieces);
         out.ms += one->pack_ms + one->unpack_ms;
         out.variance += share(*one) * one->noise(own_way(*one));
       }
@@ -82,6 +87,20 @@ class BasicBlockOptions {
   /// In the second run. There nothing is offloaded.
   [[nodiscard]] static bool stays_whole(const StorageRecord& one, const BlockWay& way) {
     return way.reference || one.kind == StoredAs::kOffloaded;
+  }
+  /// What the second run saves, to the bit.
+  [[nodiscard]] bool exact(const StorageRecord& one, const BlockWay& way) const {
+    const auto number = [&](const StorageRecord* of) {
+      return static_cast<std::size_t>(of - record_.storages.data());
+    };
+    return record_.exact(number(&one), [&](std::size_t i) {
+      if (std::find_if(inputs_.begin(), inputs_.end(), [&](const StorageRecord* input) {
+            return number(input) == i;
+          }) != inputs_.end())
+        return way.input;
+      const StorageRecord& of = record_.storages[i];
+      return of.kind == StoredAs::kRebuilt ? Way::Kind::kRebuild : own_way(of).kind;
+    });
   }
   /// The most that lives in a run of the block, above what lived before.
   [[nodiscard]] std::int64_t working(const BlockWay& way) const {
@@ -115,8 +134,9 @@ class BasicBlockOptions {
     else  // its dense copy, while the second run and what it saved by reference read it
       out.spans.push_back({run(), way.reference ? end_ : run(), input.bytes});
     if (!way.reference && !input.input_alone)
-      for (const Span& span : input.dense)
-        if (span.first >= block_.again) out.spans.push_back(span);
+      for (const auto* spans : {&input.dense, &input.pieces})
+        for (const Span& span : *spans)
+          if (span.first >= block_.again) out.spans.push_back(span);
     if (way.input == Way::Kind::kOffload) {
       out.ms += offload_ms(input);
       return;
@@ -183,7 +203,7 @@ template <class = void>
     if (fixed && item.options.size() == 1) item.options[0].spans = {};
     out.items.push_back(std::move(item));
     if (fixed) continue;
-    for (const auto* spans : {&storage.held, &storage.dense})
+    for (const auto* spans : {&storage.held, &storage.dense, &storage.pieces})
       for (const Span& span : *spans) {
         if (span.last < span.first) continue;
         change[static_cast<std::size_t>(span.first)] -= span.bytes;

@@ -55,12 +55,14 @@ at::Tensor in_pieces(
   if (!pieces || is_packed(gradient) || gradient.sizes() != saved.sizes() ||
       !gradient.is_contiguous() || gradient.scalar_type() != saved.scalar_type())
     return {};
-  const at::Tensor out = is_ours_to_write(gradient) ? gradient : at::empty_like(gradient);
+  const bool over = is_ours_to_write(gradient);
+  const at::Tensor out = over ? gradient : at::empty_like(gradient);
   const at::Tensor from = gradient.view({-1, row}), to = out.view({-1, row});
-  pieces->for_each_piece([&](std::int64_t first, std::int64_t count) {
+  const auto run_on = [&](std::int64_t first, std::int64_t count) {
     run(to.narrow(0, first, count), from.narrow(0, first, count),
         pieces->read(first, first + count), first);
-  });
+  };
+  pieces->for_each_piece(run_on, over ? static_cast<std::int64_t>(gradient.nbytes()) : 0);
   return out;
 }
 

@@ -18,6 +18,10 @@ class [[gnu::visibility("default")]] SavedPayload : public Payload {
  public:
   /// Whether its values are those that were saved, to the bit: then a sum over them is LibTorch's.
   [[nodiscard]] virtual bool exact() const = 0;
+  /// Who reads it in pieces begins: the result, of so many bytes, takes the memory of the gradient
+  /// that came in (0: it has its own). And ends.
+  virtual void reading(std::int64_t overwritten) const = 0;
+  virtual void read() const noexcept = 0;
 };
 
 namespace detail {
@@ -47,9 +51,15 @@ struct PackedRows {
   [[nodiscard]] at::Tensor read(std::int64_t first, std::int64_t last) const {
     return payload->decompress(offset + first * row, offset + last * row).view({last - first, row});
   }
-  /// f(first, count) for each piece.
+  /// f(first, count) for each piece; `overwritten`: see SavedPayload.
   template <class F>
-  void for_each_piece(const F& f) const {
+  void for_each_piece(const F& f, std::int64_t overwritten = 0) const {
+    const auto& saved = static_cast<const SavedPayload&>(*payload);
+    saved.reading(overwritten);
+    struct End {
+      const SavedPayload& of;
+      ~End() { of.read(); }
+    } const end{saved};
     for (std::int64_t first = 0; first < rows; first += at_once)
       f(first, std::min(at_once, rows - first));
   }

@@ -154,6 +154,13 @@ class BasicStored {
     else
       add_sources(watch, items);
   }
+  /// It is read in pieces, from here to there (StoredWatch).
+  void note_reading(std::int64_t overwritten) const {
+    if (watch_ != nullptr) watch_->reading(item_, overwritten);
+  }
+  void note_read() const noexcept {
+    if (watch_ != nullptr) watch_->read(item_);
+  }
   /// Another operator saves it.
   void note_again() const {
     use_->note_saved();

@@ -28,6 +28,8 @@ class BasicStoredPayload final : public door::SavedPayload {
   }
   std::int64_t granule() const override { return stored_->granule(); }
   bool exact() const override { return stored_->exact(); }
+  void reading(std::int64_t overwritten) const override { stored_->note_reading(overwritten); }
+  void read() const noexcept override { stored_->note_read(); }
   void decode(std::int64_t begin, std::int64_t end, float* out) const override {
     const at::Tensor values = decompress().narrow(0, begin, end - begin).to(at::kFloat);
     std::copy_n(values.const_data_ptr<float>(), end - begin, out);
