@@ -5,6 +5,7 @@
 
 #include "../pipeline/models.hpp"
 #include "../support/message_of.hpp"
+#include "planned_step.hpp"
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
@@ -24,15 +25,13 @@ namespace {
 using namespace fourfold::literals;
 using fourfold::Activations, fourfold::Budget, fourfold::CheapOps, fourfold::CompressionPipeline,
     fourfold::Int4, fourfold::Int8, fourfold::Meter, fourfold::PlanOptions, fourfold::Recompute;
-using pipeline_models::Case;
+using plan_tests::Case, plan_tests::kNoLimit, plan_tests::seeded, plan_tests::step;
 using ::testing::HasSubstr;
 namespace nn = torch::nn;
 
 using Plain = CompressionPipeline<>;
 using Planned = CompressionPipeline<Activations<Int4>, Recompute<CheapOps>, Budget<>>;
 using ExactPlanned = CompressionPipeline<Recompute<CheapOps>, Budget<>>;
-
-constexpr std::int64_t kNoLimit = 4_GiB;
 
 /// A module whose forward is written here.
 struct Net : nn::Module {
@@ -86,22 +85,6 @@ std::string words_of(Fn&& fn) {
 
 std::vector<std::function<Case()>> models() {
   return {mlp, convolutions, encoder, pipeline_models::recurrent, pipeline_models::by_hand};
-}
-
-/// The peak of one step, gradients in and out.
-template <class Pipeline>
-std::int64_t step(Pipeline& pipeline, const Case& model) {
-  for (const at::Tensor& parameter : pipeline.parameters()) parameter.mutable_grad() = at::Tensor();
-  const Meter meter;
-  meter.restart_peak();
-  pipeline.forward(model.loss).backward();
-  return meter.bytes().peak;
-}
-
-Case seeded(const std::function<Case()>& make) {
-  static const Meter meter;  // inputs are counted, too
-  torch::manual_seed(0);
-  return make();
 }
 
 template <class Pipeline>
