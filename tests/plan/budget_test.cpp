@@ -12,6 +12,7 @@
 #include <torch/torch.h>
 
 #include <cstdint>
+#include <exception>
 #include <functional>
 #include <limits>
 #include <memory>
@@ -71,16 +72,6 @@ Case encoder() {
   auto x = torch::randn({64, 8, 64});
   return {"TransformerEncoder", net.ptr(),
           [=]() mutable { return net->forward(x).square().mean(); }};
-}
-
-template <class Fn>
-std::string words_of(Fn&& fn) {
-  try {
-    fn();
-  } catch (const std::exception& error) {
-    return error.what();
-  }
-  return "no error";
 }
 
 std::vector<std::function<Case()>> models() {
@@ -319,7 +310,7 @@ TEST(Budget, AnErrorInForwardOrBackwardFreesAllAndTheNextStepWorks) {
     return Meter().bytes().current;
   };
   const std::int64_t before = clean();
-  EXPECT_EQ(words_of([&] {
+  EXPECT_EQ(message_of<std::exception>([&] {
               pipeline.forward([&]() -> torch::Tensor {
                 const auto loss = model.loss();
                 throw std::runtime_error("in the middle");
@@ -342,7 +333,7 @@ TEST(Budget, AnErrorInForwardOrBackwardFreesAllAndTheNextStepWorks) {
       const auto x = torch::randn({64, 8, 64}).requires_grad_();
       return encoder->forward(Fails::apply(encoder->forward(x) * 1)).square().mean();
     });
-    EXPECT_THAT(words_of([&] { loss.backward(); }), HasSubstr("in backward"));
+    EXPECT_THAT(message_of<std::exception>([&] { loss.backward(); }), HasSubstr("in backward"));
   }
   EXPECT_EQ(clean(), before);
   for (int i = 0; i < 3; ++i) EXPECT_LE(step(pipeline, model), budget);
