@@ -15,6 +15,8 @@
 /// peak_bytes) and the same of LibTorch's own allocator as default_over_count_bytes.
 #include <fourfold/report/meter.hpp>
 
+#include "median.hpp"
+
 #include <benchmark/benchmark.h>
 #include <malloc.h>
 #include <sys/resource.h>
@@ -118,11 +120,6 @@ Result run(const std::string& variant) {
   if (!pipe || pclose(pipe) != 0 || read != 4)
     throw std::runtime_error("the child for " + variant + " failed");
   return result;
-}
-
-double median(std::vector<double> values) {
-  std::nth_element(values.begin(), values.begin() + values.size() / 2, values.end());
-  return values[values.size() / 2];
 }
 
 void allocator(benchmark::State& state, const std::string& variant) {

@@ -11,6 +11,7 @@
 #include "../examples/models/bert.hpp"
 #include "../examples/models/resnet.hpp"
 #include "../examples/models/transformer.hpp"
+#include "median.hpp"
 
 #include <benchmark/benchmark.h>
 #include <torch/nn.h>
@@ -156,8 +157,7 @@ Measured measure(benchmark::State& state, Session<Pipeline>& session) {
         std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - begin)
             .count());
   }
-  std::nth_element(times.begin(), times.begin() + times.size() / 2, times.end());
-  out.ms = times[times.size() / 2];
+  out.ms = median(times);
   state.counters["peak_MiB"] = mib(out.peak);
   state.counters["median_ms"] = out.ms;
   return out;

@@ -17,7 +17,8 @@
 #include <fourfold/codec/nf4.hpp>
 #include <fourfold/torch/allocator.hpp>
 
-#include <algorithm>
+#include "median.hpp"
+
 #include <cstdint>
 #include <cstring>
 #include <ctime>
@@ -59,12 +60,6 @@ double memcpy_seconds() {
     std::memcpy(copy().mutable_data_ptr(), values().const_data_ptr(), values().nbytes());
     benchmark::ClobberMemory();
   });
-}
-
-double median(std::vector<double> times) {
-  const auto middle = times.begin() + static_cast<std::ptrdiff_t>(times.size() / 2);
-  std::nth_element(times.begin(), middle, times.end());
-  return *middle;
 }
 
 /// Times f, with memcpy beside it.

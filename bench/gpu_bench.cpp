@@ -16,11 +16,12 @@
 #include <fourfold/cuda/kernels.hpp>
 #include <fourfold/optim/optim.hpp>
 
+#include "median.hpp"
+
 #include <torch/optim/adamw.h>
 #include <torch/types.h>
 #include <torch/utils.h>
 
-#include <algorithm>
 #include <chrono>
 #include <string>
 #include <vector>
@@ -41,11 +42,6 @@ double seconds_of(const auto& f) {
   for (int i = 0; i < kCalls; ++i) f();
   gpu.synchronizeStream(stream);
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count() / kCalls;
-}
-double median(std::vector<double> times) {
-  const auto middle = times.begin() + static_cast<std::ptrdiff_t>(times.size() / 2);
-  std::nth_element(times.begin(), middle, times.end());
-  return *middle;
 }
 
 void add(const std::string& name, const auto& f) {

@@ -8,6 +8,7 @@
 #include <fourfold/presets_release.hpp>
 
 #include "../examples/models/transformer.hpp"
+#include "median.hpp"
 
 #include <benchmark/benchmark.h>
 #include <torch/nn/functional/loss.h>
@@ -98,8 +99,7 @@ void train(benchmark::State& state, const std::string& name, bool whole_logits, 
     peak = std::max(peak, meter.bytes().peak);
   }
   if constexpr (kBudget) least = pipeline.plan().least;
-  std::nth_element(times.begin(), times.begin() + times.size() / 2, times.end());
-  Row row{name, mib(peak), mib(pipeline.report().saved_bytes), times[times.size() / 2], loss};
+  Row row{name, mib(peak), mib(pipeline.report().saved_bytes), median(times), loss};
   state.counters["peak_MiB"] = row.peak_mib;
   state.counters["saved_MiB"] = row.saved_mib;
   state.counters["median_ms"] = row.ms;

@@ -14,7 +14,8 @@
 #include <fourfold/codec/nf4.hpp>
 #include <fourfold/codec/packed_matmul.hpp>
 
-#include <algorithm>
+#include "median.hpp"
+
 #include <chrono>
 #include <memory>
 #include <string>
@@ -57,12 +58,6 @@ const std::vector<std::shared_ptr<const Payload>>& packed(const Shape& shape) {
     made = asked;
   }
   return weights;
-}
-
-double median(std::vector<double>& seconds) {
-  const auto middle = seconds.begin() + static_cast<std::ptrdiff_t>(seconds.size() / 2);
-  std::nth_element(seconds.begin(), middle, seconds.end());
-  return *middle;
 }
 
 template <class C>

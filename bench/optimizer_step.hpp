@@ -11,12 +11,13 @@
 #include <fourfold/core/mapped_file.hpp>
 #include <fourfold/core/parallel.hpp>
 
+#include "median.hpp"
+
 #include <benchmark/benchmark.h>
 #include <torch/optim/adamw.h>
 #include <torch/types.h>
 #include <torch/utils.h>
 
-#include <algorithm>
 #include <chrono>
 #include <cstring>
 #include <memory>
@@ -51,11 +52,6 @@ inline double seconds(torch::optim::Optimizer& optimizer) {
   const auto start = std::chrono::steady_clock::now();
   optimizer.step();
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-}
-inline double median(std::vector<double> values) {
-  std::nth_element(values.begin(), values.begin() + static_cast<std::ptrdiff_t>(values.size() / 2),
-                   values.end());
-  return values[values.size() / 2];
 }
 
 /// Time of memcpy, on as many threads as a step has.

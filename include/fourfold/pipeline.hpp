@@ -35,6 +35,7 @@
 #include <fourfold/core/plan_options.hpp>
 #include <fourfold/core/policy.hpp>
 #include <fourfold/core/rounded_weight.hpp>
+#include <fourfold/core/void_of.hpp>
 #include <fourfold/optim/optimizer_states.hpp>
 #include <fourfold/report/meter.hpp>
 #include <fourfold/torch/gradients.hpp>
@@ -103,16 +104,15 @@ struct BasicPipelineState {
   std::shared_ptr<void> (*precision)() = nullptr;  ///< entered with each scope
   std::vector<RoundedWeight> rounded;              ///< by it, until there is an optimizer
 };
-using PipelineState = BasicPipelineState<>;
 
 }  // namespace detail
 
 /// While it lives, what this thread's forward saves is the pipeline's. Entered once, and left on
 /// the thread that entered it.
-template <class = void>
+template <class T = void>
 class [[nodiscard]] BasicPipelineScope {
  public:
-  explicit BasicPipelineScope(std::shared_ptr<detail::PipelineState> state)
+  explicit BasicPipelineScope(std::shared_ptr<detail::BasicPipelineState<T>> state)
       : state_(std::move(state)), saved_(state_->store), operators_(state_->store->activate()) {
     if (state_->block_every > 0)
       blocks_.emplace(state_->block_every, CheckpointOptions{}, state_->block_plan);
@@ -128,10 +128,10 @@ class [[nodiscard]] BasicPipelineScope {
   BasicPipelineScope& operator=(const BasicPipelineScope&) = delete;
 
  private:
-  std::shared_ptr<detail::PipelineState> state_;
-  door::SavedTensorsScope saved_;
+  std::shared_ptr<detail::BasicPipelineState<T>> state_;
+  door::BasicSavedTensorsScope<T> saved_;
   std::shared_ptr<void> operators_;
-  std::optional<BlocksScope> blocks_;
+  std::optional<BasicBlocksScope<T>> blocks_;
   std::shared_ptr<void> precision_;
 };
 using PipelineScope = BasicPipelineScope<>;
@@ -149,6 +149,10 @@ class CompressionPipeline {
   static constexpr bool kHas = !std::is_void_v<PolicyOf<R>>;
   /// Whether the bits of what is saved follow from the gradients.
   static constexpr bool kChoosesBits = requires { &PolicyOf<Role::kActivations>::follow; };
+  using Void = typename VoidOf<Policies...>::Type;
+  using State = detail::BasicPipelineState<Void>;
+  using Scope = BasicPipelineScope<Void>;
+  using Store = BasicActivationStore<Void>;
 
  public:
   /// Whether backward is the step (the policy Release): then leave step() and zero_grad() out.
@@ -178,11 +182,11 @@ class CompressionPipeline {
   /// What `run` returns, run within the scope.
   template <class F>
   decltype(auto) forward(F&& run) {
-    const PipelineScope inside = scope();
+    const Scope inside = scope();
     return std::forward<F>(run)();
   }
   /// The same as a guard, for loops that do not fit a lambda.
-  PipelineScope scope() { return PipelineScope(state_); }
+  Scope scope() { return Scope(state_); }
 
   /// AdamW over parameters(), its states as the policy says; torch::optim::AdamW without one.
   [[nodiscard]] std::shared_ptr<::torch::optim::Optimizer> optimizer(
@@ -353,13 +357,13 @@ class CompressionPipeline {
       PolicyOf<Role::kActivations>::follow(*options.plan, state_->trainable);
     if constexpr (kHas<Role::kRecompute>)
       options.recompute = operator_names<typename PolicyOf<Role::kRecompute>::Operators>();
-    state_->store = ActivationStore::make(std::move(options));
+    state_->store = Store::make(std::move(options));
     state_->store->keep_storages(weights);
     if constexpr (kHas<Role::kBudget> && kHas<Role::kBlocks>)
       if (plan != nullptr) state_->block_plan = PolicyOf<Role::kBudget>::blocks(state_->store);
   }
 
-  std::shared_ptr<detail::PipelineState> state_ = std::make_shared<detail::PipelineState>();
+  std::shared_ptr<State> state_ = std::make_shared<State>();
 };
 
 }  // namespace fourfold::inline v0

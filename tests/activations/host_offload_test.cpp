@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-/// How values wait on the host (detail/host_piece.hpp), on a CPU, whose copies are done at once: which
+/// How values wait on the host (detail/host_offloader.hpp), on a CPU, whose copies are done at once: which
 /// are copied, given back and brought back. tests/gpu/activations_test.cpp does it on a GPU's streams.
 #include <fourfold/activations/offload.hpp>
 #include <tests/support/message_of.hpp>

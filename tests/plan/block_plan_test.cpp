@@ -6,6 +6,7 @@
 
 #include "../../examples/models/transformer.hpp"
 #include "../support/message_of.hpp"
+#include "planned_step.hpp"
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
@@ -23,10 +24,10 @@
 
 namespace {
 
-using namespace fourfold::literals;
 using fourfold::Activations, fourfold::Blocks, fourfold::Budget, fourfold::CheapOps,
     fourfold::CompressionPipeline, fourfold::Int4, fourfold::Meter, fourfold::Offload,
     fourfold::OffloadOptions, fourfold::Recompute;
+using plan_tests::Case, plan_tests::kNoLimit, plan_tests::seeded, plan_tests::step;
 using ::testing::HasSubstr;
 namespace nn = torch::nn;
 
@@ -39,14 +40,6 @@ using Planned = CompressionPipeline<Activations<Int4>, Recompute<CheapOps>, Bloc
 using WithoutBlocks = CompressionPipeline<Recompute<CheapOps>, Budget<>>;
 using ExactPlanned = CompressionPipeline<Recompute<CheapOps>, Blocks<>, Budget<>>;
 using Offloaded = CompressionPipeline<Recompute<CheapOps>, Offload<Small>, Blocks<>, Budget<>>;
-
-constexpr std::int64_t kNoLimit = 4_GiB;
-
-struct Case {
-  std::string name;
-  std::shared_ptr<nn::Module> module;
-  std::function<torch::Tensor()> loss;
-};
 
 /// A Sequential that may stand in another one.
 struct ChainImpl : nn::SequentialImpl {
@@ -81,20 +74,6 @@ Case residual() {
 }
 std::vector<std::function<Case()>> models_of_blocks() { return {transformer, residual}; }
 
-Case seeded(const std::function<Case()>& make) {
-  static const Meter meter;  // inputs are counted, too
-  torch::manual_seed(0);
-  return make();
-}
-
-template <class Pipeline>
-std::int64_t step(Pipeline& pipeline, const Case& model) {
-  for (const at::Tensor& parameter : pipeline.parameters()) parameter.mutable_grad() = at::Tensor();
-  const Meter meter;
-  meter.restart_peak();
-  pipeline.forward(model.loss).backward();
-  return meter.bytes().peak;
-}
 template <class Pipeline>
 std::int64_t peak_of(const std::function<Case()>& make) {
   const Case model = seeded(make);

@@ -5,12 +5,14 @@
 
 #include "../pipeline/models.hpp"
 #include "../support/message_of.hpp"
+#include "planned_step.hpp"
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 #include <torch/torch.h>
 
 #include <cstdint>
+#include <exception>
 #include <functional>
 #include <limits>
 #include <memory>
@@ -24,15 +26,13 @@ namespace {
 using namespace fourfold::literals;
 using fourfold::Activations, fourfold::Budget, fourfold::CheapOps, fourfold::CompressionPipeline,
     fourfold::Int4, fourfold::Int8, fourfold::Meter, fourfold::PlanOptions, fourfold::Recompute;
-using pipeline_models::Case;
+using plan_tests::Case, plan_tests::kNoLimit, plan_tests::seeded, plan_tests::step;
 using ::testing::HasSubstr;
 namespace nn = torch::nn;
 
 using Plain = CompressionPipeline<>;
 using Planned = CompressionPipeline<Activations<Int4>, Recompute<CheapOps>, Budget<>>;
 using ExactPlanned = CompressionPipeline<Recompute<CheapOps>, Budget<>>;
-
-constexpr std::int64_t kNoLimit = 4_GiB;
 
 /// A module whose forward is written here.
 struct Net : nn::Module {
@@ -74,34 +74,8 @@ Case encoder() {
           [=]() mutable { return net->forward(x).square().mean(); }};
 }
 
-template <class Fn>
-std::string words_of(Fn&& fn) {
-  try {
-    fn();
-  } catch (const std::exception& error) {
-    return error.what();
-  }
-  return "no error";
-}
-
 std::vector<std::function<Case()>> models() {
   return {mlp, convolutions, encoder, pipeline_models::recurrent, pipeline_models::by_hand};
-}
-
-/// The peak of one step, gradients in and out.
-template <class Pipeline>
-std::int64_t step(Pipeline& pipeline, const Case& model) {
-  for (const at::Tensor& parameter : pipeline.parameters()) parameter.mutable_grad() = at::Tensor();
-  const Meter meter;
-  meter.restart_peak();
-  pipeline.forward(model.loss).backward();
-  return meter.bytes().peak;
-}
-
-Case seeded(const std::function<Case()>& make) {
-  static const Meter meter;  // inputs are counted, too
-  torch::manual_seed(0);
-  return make();
 }
 
 template <class Pipeline>
@@ -365,7 +339,7 @@ TEST(Budget, AnErrorInForwardOrBackwardFreesAllAndTheNextStepWorks) {
     return Meter().bytes().current;
   };
   const std::int64_t before = clean();
-  EXPECT_EQ(words_of([&] {
+  EXPECT_EQ(message_of<std::exception>([&] {
               pipeline.forward([&]() -> torch::Tensor {
                 const auto loss = model.loss();
                 throw std::runtime_error("in the middle");
@@ -388,7 +362,7 @@ TEST(Budget, AnErrorInForwardOrBackwardFreesAllAndTheNextStepWorks) {
       const auto x = torch::randn({64, 8, 64}).requires_grad_();
       return encoder->forward(Fails::apply(encoder->forward(x) * 1)).square().mean();
     });
-    EXPECT_THAT(words_of([&] { loss.backward(); }), HasSubstr("in backward"));
+    EXPECT_THAT(message_of<std::exception>([&] { loss.backward(); }), HasSubstr("in backward"));
   }
   EXPECT_EQ(clean(), before);
   for (int i = 0; i < 3; ++i) EXPECT_LE(step(pipeline, model), budget);

@@ -4,6 +4,8 @@
 #include <fourfold/plan/budget.hpp>
 #include <fourfold/plan/device.hpp>
 
+#include "../support/files.hpp"
+
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 #include <torch/torch.h>
@@ -23,17 +25,11 @@ using ::testing::HasSubstr;
 namespace nn = torch::nn;
 
 /// The system's files, made up.
-struct Root {
-  Root() {
-    std::string name = (std::filesystem::temp_directory_path() / "fourfold-test-XXXXXX").string();
-    path = ::mkdtemp(name.data());
-  }
-  ~Root() { std::filesystem::remove_all(path); }
+struct Root : Directory {
   void write(const std::string& file, const std::string& text) const {
     std::filesystem::create_directories(std::filesystem::path(path + file).parent_path());
     std::ofstream(path + file) << text;
   }
-  std::string path;
 };
 
 TEST(Device, IsTheMachineWhereNoGroupLimitsIt) {

@@ -4,6 +4,8 @@
 #include <fourfold/pipeline.hpp>
 #include <fourfold/plan/budget.hpp>
 
+#include "planned_step.hpp"
+
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 #include <sys/resource.h>
@@ -16,10 +18,10 @@
 
 namespace {
 
-using namespace fourfold::literals;
 using fourfold::Activations, fourfold::Budget, fourfold::CheapOps, fourfold::CompressionPipeline,
     fourfold::Int4, fourfold::Meter, fourfold::Offload, fourfold::OffloadOptions,
     fourfold::Recompute;
+using plan_tests::kNoLimit;
 using ::testing::HasSubstr;
 namespace nn = torch::nn;
 
@@ -31,8 +33,6 @@ using ExactPlanned = CompressionPipeline<Recompute<CheapOps>, Budget<>>;
 using Offloaded = CompressionPipeline<Recompute<CheapOps>, Offload<Small>, Budget<>>;
 using OffloadAlone = CompressionPipeline<Offload<Small>, Budget<>>;
 using WithCodes = CompressionPipeline<Activations<Int4>, Offload<Small>, Budget<>>;
-
-constexpr std::int64_t kNoLimit = 4_GiB;
 
 struct Model {
   Model() {

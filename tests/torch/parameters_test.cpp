@@ -7,6 +7,8 @@
 #include <fourfold/codec/group_int.hpp>
 #include <fourfold/torch/saved_tensors.hpp>
 
+#include "tests/support/message_of.hpp"
+
 #include <atomic>
 #include <functional>
 #include <limits>
@@ -22,16 +24,6 @@ using door::is_packed;
 using door::payload_of;
 using testing::AllOf;
 using testing::HasSubstr;
-
-template <class Call>
-std::string words_of(const Call& call) {
-  try {
-    call();
-  } catch (const c10::Error& error) {
-    return error.what_without_backtrace();
-  }
-  return "no error";
-}
 
 at::Tensor packed(at::IntArrayRef sizes, at::ScalarType dtype = at::kFloat) {
   return door::packed_tensor(make_payload<Int8>(torch::randn(sizes, dtype)));
@@ -73,11 +65,11 @@ TEST_F(ParametersDoor, ItsBytesCannotBePointedTo) {
   const at::Tensor w = packed({6, 4});
   const auto wanted =
       AllOf(HasSubstr("Int8"), HasSubstr("fourfold::decompress"), HasSubstr("fourfold::save"));
-  EXPECT_THAT(words_of([&] { (void)w.data_ptr(); }), wanted);
-  EXPECT_THAT(words_of([&] { (void)w.const_data_ptr<float>(); }), wanted);
-  EXPECT_THAT(words_of([&] { (void)w.t().mutable_data_ptr<float>(); }), wanted);
-  EXPECT_THAT(words_of([&] { (void)w.storage().data(); }), wanted);
-  EXPECT_THAT(words_of([&] { (void)w.accessor<float, 2>(); }), wanted);
+  EXPECT_THAT(message_of([&] { (void)w.data_ptr(); }), wanted);
+  EXPECT_THAT(message_of([&] { (void)w.const_data_ptr<float>(); }), wanted);
+  EXPECT_THAT(message_of([&] { (void)w.t().mutable_data_ptr<float>(); }), wanted);
+  EXPECT_THAT(message_of([&] { (void)w.storage().data(); }), wanted);
+  EXPECT_THAT(message_of([&] { (void)w.accessor<float, 2>(); }), wanted);
 }
 
 TEST_F(ParametersDoor, PrintsItsValues) {
@@ -130,7 +122,7 @@ TEST_F(ParametersDoor, ViewsStayPacked) {
   }
   EXPECT_FALSE(is_packed(w.t().contiguous()));  // a copy in another order: plain values
   EXPECT_TRUE(torch::equal(w.t().contiguous(), values.t()));
-  EXPECT_THAT(words_of([&] { (void)w.view(at::kInt); }),
+  EXPECT_THAT(message_of([&] { (void)w.view(at::kInt); }),
               AllOf(HasSubstr("other bytes"), HasSubstr("to(dtype)")));
 }
 
@@ -339,19 +331,19 @@ TEST_F(ParametersDoor, AddmmTakesItsScalars) {
 
 TEST_F(ParametersDoor, RefusesProductsThatDoNotFit) {
   const at::Tensor w = packed({7, 5});
-  EXPECT_THAT(words_of([&] {
+  EXPECT_THAT(message_of([&] {
                 (void)torch::randn({3, 6}).mm(w);
               }),
               HasSubstr("mat1 and mat2 shapes cannot be multiplied"));
-  EXPECT_THAT(words_of([&] {
+  EXPECT_THAT(message_of([&] {
                 (void)torch::randn({3, 7}, at::kDouble).mm(w);
               }),
               HasSubstr("one dtype, but got Double and a packed Float"));
-  EXPECT_THAT(words_of([&] {
+  EXPECT_THAT(message_of([&] {
                 (void)torch::randn({2, 3, 6}).bmm(packed({2, 7, 5}));
               }),
               HasSubstr("size"));
-  EXPECT_THAT(words_of([&] {
+  EXPECT_THAT(message_of([&] {
                 (void)at::conv1d(torch::randn({1, 4, 9}), packed({6, 5, 3}));
               }),
               HasSubstr("channels"));
@@ -364,7 +356,7 @@ TEST_F(ParametersDoor, EmbeddingReadsRows) {
   EXPECT_TRUE(torch::equal(at::embedding(w.narrow(0, 2, 4), which.fmod(4)),
                            at::embedding(values.narrow(0, 2, 4), which.fmod(4))));
   for (const int wrong : {10, -1}) {
-    EXPECT_THAT(words_of([&] {
+    EXPECT_THAT(message_of([&] {
                   (void)at::embedding(w, torch::tensor({0, wrong}));
                 }),
                 AllOf(HasSubstr("index out of range in self"), HasSubstr(std::to_string(wrong)),
@@ -546,7 +538,7 @@ TEST_F(ParametersDoor, WritesThatCannotBeAreRefusedAndChangeNothing) {
        },
        "detach() the values first"}};
   for (const auto& [write, words] : writes) {
-    EXPECT_THAT(words_of([&] { write(w); }), HasSubstr(words));
+    EXPECT_THAT(message_of([&] { write(w); }), HasSubstr(words));
     EXPECT_EQ(w.sizes(), (at::IntArrayRef{4, 6}));
     EXPECT_TRUE(torch::equal(decompress(w), values)) << words;
     EXPECT_FALSE(w.requires_grad());
@@ -567,12 +559,12 @@ TEST_F(ParametersDoor, SetDataReplacesIt) {
 
 TEST_F(ParametersDoor, RequiresGradIsRefused) {
   const at::Tensor w = packed({4, 6});
-  const auto wanted = AllOf(HasSubstr("Int8"), HasSubstr("frozen"),
-                            HasSubstr("LowRank"), HasSubstr("decompress"));
-  EXPECT_THAT(words_of([&] { w.requires_grad_(true); }), wanted);
+  const auto wanted =
+      AllOf(HasSubstr("Int8"), HasSubstr("frozen"), HasSubstr("LowRank"), HasSubstr("decompress"));
+  EXPECT_THAT(message_of([&] { w.requires_grad_(true); }), wanted);
   EXPECT_FALSE(w.requires_grad());
   w.requires_grad_(false);
-  EXPECT_THAT(words_of([&] { w.__dispatch_requires_grad_(true); }), wanted);
+  EXPECT_THAT(message_of([&] { w.__dispatch_requires_grad_(true); }), wanted);
   // Past every hook: found by the next operator.
   w.set_requires_grad(true);
   for (const auto& use : std::vector<std::function<void()>>{
@@ -587,7 +579,7 @@ TEST_F(ParametersDoor, RequiresGradIsRefused) {
            [&] {
              (void)at::conv1d(torch::ones({1, 6, 5}), w.unsqueeze(-1));
            }})
-    EXPECT_THAT(words_of(use), wanted);
+    EXPECT_THAT(message_of(use), wanted);
   torch::NoGradGuard no_grad;
   EXPECT_EQ((w + 1).sizes(), w.sizes());  // no gradient is asked for
   const at::Tensor plain = torch::ones({2});
@@ -707,7 +699,7 @@ TEST_F(ParametersDoorDeathTest, RefusesAKeyThatIsTaken) {
         const auto handle = c10::Dispatcher::singleton().registerFallback(
             door::kPackedKey, c10::KernelFunction::makeFromBoxedFunction<&foreign_fallback>(),
             "a test");
-        std::cerr << words_of([] { door::open_parameters_door(); });
+        std::cerr << message_of([] { door::open_parameters_door(); });
         std::_Exit(door::parameters_state().open ? 1 : 0);
       },
       testing::ExitedWithCode(0), "TESTING_ONLY_GenericWrapper.*has one there already");

@@ -2,6 +2,8 @@
 #include <fourfold/torch/autocast.hpp>
 #include <fourfold/torch/saved_tensors.hpp>
 
+#include "tests/support/message_of.hpp"
+
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 #include <torch/torch.h>
@@ -54,16 +56,6 @@ struct Counting : door::SavedTensors {
   std::vector<Look> tensors;
   std::vector<std::weak_ptr<Held>> live;
 };
-
-template <class Error = c10::Error, class Fn>
-std::string message_of(Fn&& fn) {
-  try {
-    fn();
-  } catch (const Error& error) {
-    return error.what_without_backtrace();
-  }
-  return "no error";
-}
 
 TEST(SavedTensors, GoToThePackerAndComeBack) {
   auto packer = std::make_shared<Counting>();
@@ -498,10 +490,10 @@ TEST(SavedTensorsEngine, IsTheDefaultEngineOnceInstalled) {
 
 TEST(SavedTensorsEngine, RefusesAnotherAbiNamingBoth) {
   door::detail::saved_tensors_engine();
-  EXPECT_THAT(message_of([] { door::detail::installed_saved_tensors_engine<99>(); }),
-              HasSubstr("saved tensors have door ABI " +
-                        std::to_string(door::detail::kSavedTensorsAbi) +
-                        " where installed and 99 here"));
+  EXPECT_THAT(
+      message_of([] { door::detail::installed_saved_tensors_engine<99>(); }),
+      HasSubstr("saved tensors have door ABI " + std::to_string(door::detail::kSavedTensorsAbi) +
+                " where installed and 99 here"));
 }
 
 struct ForeignEngine : torch::autograd::Engine {

@@ -7,6 +7,8 @@
 #include <gtest/gtest.h>
 #include <torch/torch.h>
 
+#include "tests/support/message_of.hpp"
+
 #include <functional>
 #include <string>
 #include <vector>
@@ -16,19 +18,6 @@ namespace fourfold::tests {
 /// Every matrix, also a small one.
 inline bool every_matrix(const std::string&, const at::Tensor& parameter) {
   return parameter.dim() >= 2;
-}
-
-/// What a message says, without LibTorch's stack trace.
-template <class Call>
-std::string message_of(const Call& call) {
-  try {
-    call();
-  } catch (const c10::Error& error) {
-    return error.what_without_backtrace();
-  } catch (const std::exception& error) {
-    return std::string("not a c10::Error: ") + error.what();
-  }
-  return "no error";
 }
 
 /// Modules are compared in fp64, where codes decode to the same values as plain ones hold, and only

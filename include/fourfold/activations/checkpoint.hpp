@@ -17,6 +17,7 @@
 /// a backward of any thread may run the block. Chen et al., "Training deep nets with sublinear
 /// memory cost" (2016); the rules stand in checkpoint_frame.hpp.
 #include <fourfold/activations/detail/checkpoint_frame.hpp>
+#include <fourfold/core/void_of.hpp>
 
 #include <array>
 #include <concepts>
@@ -162,8 +163,9 @@ auto checkpoint(const CheckpointOptions& options, Fn&& fn, Inputs&&... inputs)
     tensors.push_back(std::move(tensor));
     tensor = at::Tensor();
   });
-  const auto frame = std::make_shared<detail::CheckpointFrame<>>(
-      options, tensors, [block](const std::vector<at::Tensor>& unpacked) {
+  using Frame = detail::CheckpointFrame<typename VoidOf<Fn>::Type>;
+  const auto frame =
+      std::make_shared<Frame>(options, tensors, [block](const std::vector<at::Tensor>& unpacked) {
         Block again = *block;  // a function with state of its own starts from where it started
         auto next = unpacked.begin();
         detail::for_each_tensor(again.inputs, [&](at::Tensor& tensor) { tensor = *next++; });
@@ -173,7 +175,7 @@ auto checkpoint(const CheckpointOptions& options, Fn&& fn, Inputs&&... inputs)
             },
             again.inputs);
       });
-  const detail::CheckpointFrame<>::FirstRun first_run(frame, tensors);
+  const typename Frame::FirstRun first_run(frame, tensors);
   return detail::call_block(std::forward<Fn>(fn), std::forward<Inputs>(inputs)...);
 }
 

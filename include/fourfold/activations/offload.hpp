@@ -18,7 +18,7 @@
 /// somebody anyway (parameters, a batch). The file has no name, so nothing is left of it whatever
 /// ends the process; a full disk costs no step, since what does not fit stays in memory (one
 /// warning). What is saved last is not written (offloader.hpp). From a GPU, whose bytes_in_flight are
-/// its own, copies run beside the program, in both directions (detail/host_piece.hpp).
+/// its own, copies run beside the program, in both directions (detail/host_offloader.hpp).
 ///
 /// Beside Budget<> it is one more choice for each storage: exact, no memory, at the time that
 /// writing and reading were measured to take. What a plan offloads is written before the forward
@@ -26,7 +26,7 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
-#include <fourfold/activations/detail/host_piece.hpp>
+#include <fourfold/activations/detail/host_offloader.hpp>
 #include <fourfold/activations/offloader.hpp>
 #include <fourfold/activations/offloading.hpp>
 #include <fourfold/core/payload.hpp>

@@ -55,8 +55,7 @@ class Offloader {
     TORCH_CHECK(values.defined() && values.is_cpu() && values.is_contiguous() && values.numel() > 0,
                 "Offloader::put: wanted is a contiguous CPU tensor of at least one value; give "
                 "tensor.cpu().contiguous()");
-    auto piece = std::make_shared<detail::OffloadPiece>(state_, values.view({-1}));
-    if (source.defined()) piece->borrows(source);
+    auto piece = std::make_shared<detail::OffloadPiece>(state_, values.view({-1}), source);
     std::unique_lock lock(state_->mutex);
     piece->number_ = state_->next++;
     state_->pieces.emplace(piece->number_, piece);
@@ -134,7 +133,7 @@ class Offloader {
                         std::unique_lock<std::mutex>& lock) {
     piece.where_ = Where::kWriting, piece.offset_ = state.file.allocate(piece.bytes_);
     state.writing = true;
-    at::Tensor values = piece.values_;
+    at::Tensor values = piece.values_.unchecked();
     lock.unlock();
     const auto begin = std::chrono::steady_clock::now();
     const int error = state.file.write(values.const_data_ptr(), piece.bytes_, piece.offset_);
@@ -149,7 +148,7 @@ class Offloader {
       state.error = error, ++state.counts.failed;
       return;
     }
-    piece.where_ = Where::kFile, piece.values_ = at::Tensor();
+    piece.where_ = Where::kFile, piece.values_.take();
     ++state.counts.written, state.counts.written_bytes += piece.bytes_;
     state.counts.write_ms += ms;
     state.changed.notify_all();

@@ -61,9 +61,12 @@
 
 namespace fourfold::inline v0 {
 
-template <class = void>
+template <class T = void>
 class BasicActivationStore final : public door::SavedTensors,
-                                   public std::enable_shared_from_this<BasicActivationStore<>> {
+                                   public std::enable_shared_from_this<BasicActivationStore<T>> {
+  using Tape = detail::BasicTape<T>;
+  using StorageIndex = detail::BasicStorageIndex<T>;
+
  public:
   [[nodiscard]] static std::shared_ptr<BasicActivationStore> make(ActivationOptions options = {}) {
     return std::shared_ptr<BasicActivationStore>(new BasicActivationStore(std::move(options)));
@@ -101,7 +104,7 @@ class BasicActivationStore final : public door::SavedTensors,
   /// Who holds what leaves memory, or null.
   [[nodiscard]] const std::shared_ptr<Offloading>& offload() const { return options_.offload; }
   /// What this thread's operators are noted on, if this store was activated on it; else null.
-  [[nodiscard]] detail::Tape* tape() const;
+  [[nodiscard]] Tape* tape() const;
   /// Too small to do anything about.
   [[nodiscard]] bool holds_small(const at::Tensor& tensor) const {
     return tensor.numel() < options_.min_numel ||
@@ -114,7 +117,7 @@ class BasicActivationStore final : public door::SavedTensors,
   }
 
  private:
-  using Stored = std::shared_ptr<detail::Stored>;
+  using Stored = std::shared_ptr<detail::BasicStored<T>>;
   struct Active;
 
   explicit BasicActivationStore(ActivationOptions options) : options_(std::move(options)) {}
@@ -122,7 +125,7 @@ class BasicActivationStore final : public door::SavedTensors,
   [[nodiscard]] bool active() const {
     return options_.pack != nullptr || !options_.recompute.empty() || options_.offload != nullptr;
   }
-  std::shared_ptr<door::Saved> keep(const at::Tensor& tensor, const detail::Tape* tape = nullptr,
+  std::shared_ptr<door::Saved> keep(const at::Tensor& tensor, const Tape* tape = nullptr,
                                     bool written = true, const SavedPlan::Choice& choice = {});
   std::shared_ptr<door::Saved> uncounted(const at::Tensor& tensor, std::atomic<std::int64_t>& kind);
   std::shared_ptr<door::Saved> as(const Stored& stored, detail::StorageView view);
@@ -131,12 +134,11 @@ class BasicActivationStore final : public door::SavedTensors,
 
   const ActivationOptions options_;
   const std::shared_ptr<detail::SavedTotals> totals_ = std::make_shared<detail::SavedTotals>();
-  const std::shared_ptr<detail::StorageIndex> index_ =
-      std::make_shared<detail::StorageIndex>(totals_);
-  detail::Encoder encoder_{options_, index_};
+  const std::shared_ptr<StorageIndex> index_ = std::make_shared<StorageIndex>(totals_);
+  detail::BasicEncoder<T> encoder_{options_, index_};
   std::atomic<std::uint64_t> forwards_{0};
   std::mutex mutex_;
-  std::vector<std::unique_ptr<detail::Tape>> tapes_;  // idle ones, which know operators already
+  std::vector<std::unique_ptr<Tape>> tapes_;  // idle ones, which know operators already
 };
 using ActivationStore = BasicActivationStore<>;
 
@@ -145,7 +147,7 @@ using ActivationStore = BasicActivationStore<>;
 /// The tape of one activation.
 template <class T>
 struct BasicActivationStore<T>::Active {
-  Active(std::shared_ptr<ActivationStore> of, std::uint64_t forward)
+  Active(std::shared_ptr<BasicActivationStore> of, std::uint64_t forward)
       : store(std::move(of)), tape(take()) {
     tape->begin(forward);
     const bool in_backward = torch::autograd::get_current_graph_task_id() != -1;
@@ -165,17 +167,17 @@ struct BasicActivationStore<T>::Active {
     const std::lock_guard lock(store->mutex_);
     store->tapes_.push_back(std::move(tape));
   }
-  std::unique_ptr<detail::Tape> take() {
+  std::unique_ptr<Tape> take() {
     const std::lock_guard lock(store->mutex_);
     if (store->tapes_.empty())
-      return std::make_unique<detail::Tape>(store->index_, store->options_.recompute);
-    std::unique_ptr<detail::Tape> idle = std::move(store->tapes_.back());
+      return std::make_unique<Tape>(store->index_, store->options_.recompute);
+    std::unique_ptr<Tape> idle = std::move(store->tapes_.back());
     store->tapes_.pop_back();
     return idle;
   }
 
-  std::shared_ptr<ActivationStore> store;
-  std::unique_ptr<detail::Tape> tape;
+  std::shared_ptr<BasicActivationStore> store;
+  std::unique_ptr<Tape> tape;
   bool planned = false;
   std::optional<door::OperatorsScope> scope;
 };
@@ -184,12 +186,12 @@ template <class T>
 std::shared_ptr<void> BasicActivationStore<T>::activate() {
   const std::uint64_t forward = forwards_.fetch_add(1, std::memory_order_relaxed) + 1;
   if (!active()) return nullptr;
-  return std::make_shared<Active>(shared_from_this(), forward);
+  return std::make_shared<Active>(this->shared_from_this(), forward);
 }
 
 template <class T>
-detail::Tape* BasicActivationStore<T>::tape() const {
-  auto* tape = dynamic_cast<detail::Tape*>(door::current_operator_observer());
+detail::BasicTape<T>* BasicActivationStore<T>::tape() const {
+  auto* tape = dynamic_cast<Tape*>(door::current_operator_observer());
   return tape != nullptr && tape->index() == index_ ? tape : nullptr;
 }
 
@@ -197,21 +199,21 @@ template <class T>
 std::shared_ptr<door::Saved> BasicActivationStore<T>::uncounted(const at::Tensor& tensor,
                                                                 std::atomic<std::int64_t>& kind) {
   kind.fetch_add(1, std::memory_order_relaxed);
-  return std::make_shared<detail::SavedAsIs>(tensor);
+  return std::make_shared<detail::BasicSavedAsIs<T>>(tensor);
 }
 
 template <class T>
 std::shared_ptr<door::Saved> BasicActivationStore<T>::keep(const at::Tensor& tensor,
-                                                           const detail::Tape* tape, bool written,
+                                                           const Tape* tape, bool written,
                                                            const SavedPlan::Choice& choice) {
   const auto values = static_cast<std::int64_t>(tensor.storage().nbytes() / tensor.element_size());
-  auto kept = std::make_shared<detail::Kept>(index_->use(tensor.storage()), tensor, values);
+  auto kept = std::make_shared<detail::BasicKept<T>>(index_->use(tensor.storage()), tensor, values);
   if (tape != nullptr && tape->frame() != nullptr) kept->note_saver(tape->frame()->time);
   if (choice.watch != nullptr) kept->watch(choice.watch, choice.item);
   kept->use()->note_saved();
   if (written) index_->add(kept);
   totals_->kept.fetch_add(1, std::memory_order_relaxed);
-  return std::make_shared<detail::SavedAsIs>(tensor, std::move(kept));
+  return std::make_shared<detail::BasicSavedAsIs<T>>(tensor, std::move(kept));
 }
 
 template <class T>
@@ -229,7 +231,7 @@ std::shared_ptr<door::Saved> BasicActivationStore<T>::as(const Stored& stored,
   }();
   count.fetch_add(1, std::memory_order_relaxed);
   stored->use()->note_saved();
-  return std::make_shared<detail::SavedView>(stored, std::move(view));
+  return std::make_shared<detail::BasicSavedView<T>>(stored, std::move(view));
 }
 
 template <class T>
@@ -250,11 +252,11 @@ std::shared_ptr<door::Saved> BasicActivationStore<T>::hold(const at::Tensor& ten
   const door::OperatorsPause pause;
   if (!detail::is_plain(tensor) || tensor.numel() == 0) return uncounted(tensor, totals_->kept);
   c10::StorageImpl* const key = tensor.storage().unsafeGetStorageImpl();
-  if (detail::Tape::is_parameter(attached) || index_->is_exact(key))
+  if (Tape::is_parameter(attached) || index_->is_exact(key))
     return uncounted(tensor, totals_->parameters);
   if (!active() && !options_.payload_of) return keep(tensor);
 
-  detail::Tape* const tape = this->tape();
+  Tape* const tape = this->tape();
   const std::int64_t version = tensor._version();
   if (tape != nullptr && tape->frame() != nullptr && tape->frame()->unwritten(key, version))
     return keep(tensor, tape, /*written=*/false);
@@ -272,7 +274,7 @@ std::shared_ptr<door::Saved> BasicActivationStore<T>::hold(const at::Tensor& ten
     }
     found->note_again();
     totals_->kept.fetch_add(1, std::memory_order_relaxed);
-    return std::make_shared<detail::SavedAsIs>(tensor, std::move(found));
+    return std::make_shared<detail::BasicSavedAsIs<T>>(tensor, std::move(found));
   }
   if (Stored source = encoder_.decoded(tensor, extent)) return as(source, std::move(view));
   if (options_.payload_of && extent.dense())
@@ -287,7 +289,7 @@ std::shared_ptr<door::Saved> BasicActivationStore<T>::hold(const at::Tensor& ten
     const auto around = static_cast<std::int64_t>(tensor.storage().nbytes());
     if (around < (1 << 16) || around < 16 * bytes) return keep(tensor, tape);
     totals_->kept.fetch_add(1, std::memory_order_relaxed);
-    return std::make_shared<detail::SavedPiece>(tensor, index_->use(tensor.storage()));
+    return std::make_shared<detail::BasicSavedPiece<T>>(tensor, index_->use(tensor.storage()));
   }
   pack = detail::pack_within(tolerance, pack, options_);
   SavedPlan::Choice choice;

@@ -40,8 +40,9 @@ inline Isa isa() {
 }
 
 /// Every path that this machine can run, the scalar one first.
-inline std::span<const Isa> available_isas() {
-  static constexpr std::array<Isa, 3> all{Isa::kScalar, Isa::kAvx2, Isa::kAvx512};
+template <class T = Isa>  // compiled where it is asked
+std::span<const T> available_isas() {
+  static constexpr std::array<T, 3> all{Isa::kScalar, Isa::kAvx2, Isa::kAvx512};
   return std::span(all).first(static_cast<std::size_t>(isa()) + 1);
 }
 

@@ -123,6 +123,12 @@ class PointerMap {
     T* const known = find(key);
     return known != nullptr ? *known = std::move(value) : add(key, std::move(value));
   }
+  /// Whether it was not there; then it is.
+  bool insert(const void* key) {
+    if (find(key) != nullptr) return false;
+    add(key, T{});
+    return true;
+  }
   void erase(const void* key) { delete static_cast<Node*>(table_.take(key)); }
   template <class Predicate>
   void erase_if(const Predicate& goes) {
@@ -156,5 +162,9 @@ class PointerMap {
 
   detail::PointerTable<> table_;
 };
+
+/// Addresses alone: `if (seen.insert(key)) ...`
+struct NoValue {};
+using PointerSet = PointerMap<NoValue>;
 
 }  // namespace fourfold::inline v0

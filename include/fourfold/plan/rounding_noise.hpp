@@ -5,15 +5,14 @@
 /// each value in ActNN, which stochastic rounding reaches half-way between two codes alone).
 #include <ATen/core/grad_mode.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/cat.h>
 #include <fourfold/activations/saved_plan.hpp>  // PackFunction
 #include <fourfold/plan/bit_assignment.hpp>
+#include <fourfold/plan/detail/spread_runs.hpp>
 
 #include <algorithm>
 #include <array>
 #include <cstddef>
 #include <cstdint>
-#include <vector>
 
 namespace fourfold::inline v0::plan {
 
@@ -30,32 +29,25 @@ struct RoundingNoise {
   }
 };
 
-/// Of 16 runs of 256 values, evenly spread; of all of them if there are no more. `packs`: the codecs,
-/// as kBits orders them.
+/// Of a few of the values (detail/spread_runs.hpp). `packs`: the codecs, as kBits orders them.
 template <class = void>
 RoundingNoise rounding_noise(const at::Tensor& values,
                              const std::array<PackFunction, kBits.size()>& packs, Key key) {
-  constexpr std::int64_t kRuns = 16, kRun = 256;
   RoundingNoise out;
   const at::ScalarType dtype = values.scalar_type();
   if (values.numel() == 0 || (dtype != at::kFloat && dtype != at::kBFloat16 && dtype != at::kHalf))
     return out;
   const at::NoGradGuard no_grad;
-  at::Tensor flat = values.detach();
-  flat = flat.is_non_overlapping_and_dense() ? flat.as_strided({flat.numel()}, {1})
-                                             : flat.reshape({-1});
-  if (flat.numel() > kRuns * kRun) {
-    std::vector<at::Tensor> runs;
-    for (std::int64_t i = 0; i < kRuns; ++i)
-      runs.push_back(flat.narrow(0, (flat.numel() - kRun) * i / (kRuns - 1), kRun));
-    flat = at::cat(runs);
-  }
-  const at::Tensor exact = flat.to(at::kDouble);
+  const at::Tensor all = values.detach();
+  const at::Tensor some =
+      detail::spread_runs(all.is_non_overlapping_and_dense() ? all.as_strided({all.numel()}, {1})
+                                                             : all.reshape({-1}));
+  const at::Tensor exact = some.to(at::kDouble);
   const double mean = exact.mean().template item<double>();
   out.square = exact.square().mean().template item<double>();
   out.power = std::max(0.0, out.square - mean * mean);
   for (std::size_t i = 0; i < packs.size(); ++i)
-    out.noise[i] = packs[i](flat, key)
+    out.noise[i] = packs[i](some, key)
                        ->decompress()
                        .to(at::kDouble)
                        .sub(exact)

@@ -15,13 +15,13 @@
 #include <torch/csrc/autograd/function_hook.h>
 #include <torch/csrc/autograd/variable.h>
 #include <fourfold/core/place.hpp>
+#include <fourfold/core/pointer_map.hpp>
 #include <fourfold/torch/allocator.hpp>
 
 #include <atomic>
 #include <cstddef>
 #include <functional>
 #include <memory>
-#include <unordered_set>
 #include <utility>
 #include <vector>
 
@@ -143,9 +143,9 @@ GradientHooks after_gradients(at::TensorList leaves, AfterGradient after) {
                 "alone: pass parameters");
   GradientHooks hooks;
   hooks.call_ = std::make_shared<detail::GradientCall>(std::move(after));
-  std::unordered_set<const at::TensorImpl*> seen;
+  PointerSet seen;
   for (const at::Tensor& leaf : leaves) {
-    if (!leaf.defined() || leaf.is_inference() || !seen.insert(leaf.unsafeGetTensorImpl()).second)
+    if (!leaf.defined() || leaf.is_inference() || !seen.insert(leaf.unsafeGetTensorImpl()))
       continue;
     detail::GradientChain* chain = detail::gradient_chain(leaf);
     if (!chain) {

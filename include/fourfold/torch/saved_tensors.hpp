@@ -88,9 +88,9 @@ std::int64_t tensors_saved_outside_scopes() {
 /// A detached reference that remembers the version and compares it on unpack, in LibTorch's words.
 /// An undefined tensor comes back undefined; an inference tensor has no version and comes back as
 /// is.
-template <class = void>
+template <class T = void>
 std::shared_ptr<Saved> saved_reference(const at::Tensor& tensor) {
-  return std::make_shared<detail::SavedReference<>>(tensor);
+  return std::make_shared<detail::SavedReference<T>>(tensor);
 }
 
 }  // namespace fourfold::door

@@ -121,13 +121,13 @@ class VersionCheck {
   std::optional<std::vector<std::int64_t>> sizes_;  // none: nested
 };
 
-template <class = void>
+template <class T = void>
 class SavedReference final : public Saved {
  public:
   explicit SavedReference(const at::Tensor& tensor) {
     if (!tensor.defined()) return;
     const at::NoGradGuard no_grad;
-    check_ = VersionCheck<>(tensor);
+    check_ = VersionCheck<T>(tensor);
     tensor_ = tensor.detach();
   }
   at::Tensor unpack() override {
@@ -136,7 +136,7 @@ class SavedReference final : public Saved {
   }
 
  private:
-  VersionCheck<> check_;
+  VersionCheck<T> check_;
   at::Tensor tensor_;
 };
 
@@ -180,13 +180,13 @@ inline at::Tensor unpack_from(Saved& saved, bool packed = false) {
 }
 
 /// What LibTorch keeps in place of a saved tensor.
-template <class = void>
+template <class T = void>
 class SavedTensorHooks final : public torch::autograd::SavedVariableHooks {
  public:
   explicit SavedTensorHooks(std::shared_ptr<OpenScope> scope) : scope_(std::move(scope)) {}
 
   void call_pack_hook(const at::Tensor& tensor) override {
-    check_ = VersionCheck<>(tensor);
+    check_ = VersionCheck<T>(tensor);
     saved_ = pack_with(*scope_->packer, tensor);
     scope_->packed.fetch_add(1, std::memory_order_relaxed);
     scope_.reset();  // a graph may outlive its scope; it needs the payload alone
@@ -204,14 +204,14 @@ class SavedTensorHooks final : public torch::autograd::SavedVariableHooks {
 
  private:
   std::shared_ptr<OpenScope> scope_;  // until packed
-  VersionCheck<> check_;
+  VersionCheck<T> check_;
   std::shared_ptr<Saved> saved_;
 };
 
 /// Changes with OpenScope, Saved, SavedTensors and SavedTensorsEngine.
 inline constexpr int kSavedTensorsAbi = 3;
 
-template <class = void>
+template <class T = void>
 class [[gnu::visibility("default")]] SavedTensorsEngine final : public torch::autograd::Engine {
  public:
   [[nodiscard]] int abi() const { return abi_; }
@@ -228,7 +228,7 @@ class [[gnu::visibility("default")]] SavedTensorsEngine final : public torch::au
       scope->passed.fetch_add(1, std::memory_order_relaxed);
       return nullptr;
     }
-    return std::make_unique<SavedTensorHooks<>>(std::move(scope));
+    return std::make_unique<SavedTensorHooks<T>>(std::move(scope));
   }
 
   virtual std::shared_ptr<OpenScope> open(std::shared_ptr<SavedTensors> packer, bool in_backward) {

@@ -17,6 +17,7 @@
 /// that chose none, a parameter that is packed already, is not Float, BFloat16, Half or Double, is
 /// not dense, holds a NaN or an infinity, or shares a part of its values with one that stays.
 #include <ATen/ops/as_strided.h>
+#include <fourfold/core/pointer_map.hpp>
 #include <fourfold/torch/parameters.hpp>
 #include <fourfold/weights/module_tensors.hpp>
 #include <fourfold/weights/parameter_ties.hpp>
@@ -26,7 +27,6 @@
 #include <functional>
 #include <ostream>
 #include <string>
-#include <unordered_set>
 #include <utility>
 #include <vector>
 
@@ -79,9 +79,9 @@ CompressedWeights compress_parameters(const NamedTensors& parameters, const Para
       ": the module has no parameters, so there is nothing to pack; hand over the module that "
       "holds them, after they are registered");
   NamedTensors chosen, staying;
-  std::unordered_set<const void*> seen;
+  PointerSet seen;
   for (const auto& [name, parameter] : parameters) {
-    if (seen.contains(parameter.unsafeGetTensorImpl())) continue;
+    if (seen.find(parameter.unsafeGetTensorImpl()) != nullptr) continue;
     const bool is_chosen = choice(name, parameter);
     // A tied parameter is packed if any of its names is chosen.
     if (is_chosen) {
@@ -91,7 +91,7 @@ CompressedWeights compress_parameters(const NamedTensors& parameters, const Para
     }
   }
   for (const auto& [name, parameter] : parameters)
-    if (seen.insert(parameter.unsafeGetTensorImpl()).second) staying.emplace_back(name, parameter);
+    if (seen.insert(parameter.unsafeGetTensorImpl())) staying.emplace_back(name, parameter);
   TORCH_CHECK(!chosen.empty(), what, ": the filter chose none of the ", staying.size(),
               " parameters (the default takes floating tensors of 2 dimensions and ",
               AllMatrices::kFewest, " values or more); pass a filter that chooses some");
@@ -159,7 +159,7 @@ CompressedWeights compress_weights(M&& model, const Filter& filter = {}) {
 template <ModuleLike M>
 void decompress(M&& model) {
   const at::NoGradGuard no_grad;
-  std::unordered_map<const void*, at::Tensor> plain;
+  PointerMap<at::Tensor> plain;
   for (const auto& [name, parameter] : parameters_of(model, "decompress")) {
     const door::PackedHolder* holder = door::packed_holder(parameter);
     if (holder == nullptr) continue;
@@ -177,10 +177,10 @@ void decompress(M&& model) {
 template <ModuleLike M>
 [[nodiscard]] std::vector<at::Tensor> factors(M&& model) {
   std::vector<at::Tensor> found;
-  std::unordered_set<const void*> seen;
+  PointerSet seen;
   for (const auto& [name, parameter] : parameters_of(model, "factors")) {
     const auto payload = door::payload_of(parameter);
-    if (payload && payload->factorised() && seen.insert(payload.get()).second)
+    if (payload && payload->factorised() && seen.insert(payload.get()))
       found.insert(found.end(), payload->buffers().begin(), payload->buffers().end());
   }
   return found;

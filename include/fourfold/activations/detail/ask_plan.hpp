@@ -9,12 +9,12 @@
 
 namespace fourfold::inline v0::detail {
 
-template <class = void>
-SavedStorage saved_storage(const at::Tensor& tensor, const Tape& tape) {
+template <class T>
+SavedStorage saved_storage(const at::Tensor& tensor, const BasicTape<T>& tape) {
   const c10::Storage& storage = tensor.storage();
   c10::StorageImpl* const key = storage.unsafeGetStorageImpl();
-  const Tape::Origin* const origin = tape.origin(key);
-  const Tape::Frame* const frame = tape.frame();
+  const auto* const origin = tape.origin(key);
+  const auto* const frame = tape.frame();
   SavedStorage saved{.forward = tape.forward(),
                      .bytes = static_cast<std::int64_t>(storage.nbytes()),
                      .packable = tensor.scalar_type() == at::kFloat ||
@@ -23,8 +23,8 @@ SavedStorage saved_storage(const at::Tensor& tensor, const Tape& tape) {
                      .values = &tensor};
   const bool result = frame != nullptr && frame->argument(key) == nullptr;
   if (frame != nullptr) {
-    const OperatorTraits& traits = *frame->traits;
-    if (traits.reads_nonzero || traits.reads_positive || traits.gate != OperatorTraits::Gate::kNone)
+    const BasicOperatorTraits<T>& traits = *frame->traits;
+    if (traits.reads_nonzero || traits.reads_positive || traits.gates())
       saved.packable = false;  // its exact code
     saved.operation = frame->number, saved.saver = traits.name;
     while (saved.place < frame->tensors.size() &&
@@ -42,9 +42,9 @@ SavedStorage saved_storage(const at::Tensor& tensor, const Tape& tape) {
 
 /// How `plan` would hold it. `sensitive`: it is not for `pack`. Not asked of what a block saves when
 /// it runs again: that goes at once.
-template <class = void>
+template <class T>
 SavedPlan::Choice ask_plan(SavedPlan& plan, const at::Tensor& tensor, bool sensitive, bool packs,
-                           const Tape& tape) {
+                           const BasicTape<T>& tape) {
   if (door::current_graph_task() != -1) return {};
   SavedStorage saved = saved_storage(tensor, tape);
   saved.sensitive = sensitive, saved.packable = saved.packable && packs;

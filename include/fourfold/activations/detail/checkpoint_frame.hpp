@@ -91,9 +91,13 @@ struct BasicSavedLook {
 };
 using SavedLook = BasicSavedLook<>;
 
-template <class = void>  // compiled where a checkpoint is made
+template <class T>  // void, and compiled where a checkpoint is made
 class CheckpointFrame final : public door::SavedTensors,
-                              public std::enable_shared_from_this<CheckpointFrame<>> {
+                              public std::enable_shared_from_this<CheckpointFrame<T>> {
+  using SavedLook = BasicSavedLook<T>;
+  using StateWrites = BasicStateWrites<T>;
+  using Scope = door::BasicSavedTensorsScope<T>;
+
  public:
   using Run = std::function<void(const std::vector<at::Tensor>& inputs)>;
 
@@ -147,7 +151,7 @@ class CheckpointFrame final : public door::SavedTensors,
     CheckpointFrame& frame_;
     const std::vector<at::Tensor>& inputs_;
     std::vector<std::int64_t> versions_;
-    const door::SavedTensorsScope scope_;  // keeps the frame
+    const Scope scope_;  // keeps the frame
     const StateWrites writes_;
   };
 
@@ -311,7 +315,7 @@ class CheckpointFrame final : public door::SavedTensors,
     const door::AutocastGuard autocast(autocast_);
     const c10::OptionalDeviceGuard device(device_);
     const door::RandomStateGuard random(random_);
-    const StateWrites::Rewind state(written_);
+    const typename StateWrites::Rewind state(written_);
     const bool packs = payloads_ != nullptr && !options_.reference_recomputed;
     const std::shared_ptr<void> active = packs ? payloads_->activate() : nullptr;
     struct Depth {
@@ -319,7 +323,7 @@ class CheckpointFrame final : public door::SavedTensors,
       Depth() { ++depth; }
       ~Depth() { --depth; }
     } const recomputing;
-    const door::SavedTensorsScope scope(packer, /*in_backward=*/true);
+    const Scope scope(packer, /*in_backward=*/true);
     run_(inputs);
   }
 
@@ -352,7 +356,7 @@ class CheckpointFrame final : public door::SavedTensors,
   door::RandomState random_;
   std::shared_ptr<door::SavedTensors> payloads_;  // holds recomputed tensors; null: referenced
   std::vector<Input> inputs_;
-  std::vector<StateWrites::Written> written_;
+  std::vector<typename StateWrites::Written> written_;
 
   std::recursive_mutex
       mutex_;  // a block that runs backward inside itself unpacks under its own lock

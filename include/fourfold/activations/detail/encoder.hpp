@@ -22,8 +22,12 @@
 namespace fourfold::inline v0::detail {
 
 /// Each function returns null where its way is not open to the tensor.
-template <class = void>
+template <class T = void>
 class BasicEncoder {
+  using Stored = BasicStored<T>;
+  using StorageIndex = BasicStorageIndex<T>;
+  using Tape = BasicTape<T>;
+
  public:
   BasicEncoder(const ActivationOptions& options, std::shared_ptr<StorageIndex> index)
       : options_(options), index_(std::move(index)) {}
@@ -43,8 +47,8 @@ class BasicEncoder {
     if (!at::isFloatingType(dtype) && !bits && !integers) return true;
     if (options_.keep && options_.keep(tensor)) return true;
     c10::StorageImpl* const key = tensor.storage().unsafeGetStorageImpl();
-    const Tape::Origin* origin = tape ? tape->origin(key) : nullptr;
-    const Tape::Frame* frame = tape ? tape->frame() : nullptr;
+    const auto* origin = tape ? tape->origin(key) : nullptr;
+    const auto* frame = tape ? tape->frame() : nullptr;
     const bool result = frame != nullptr && frame->argument(key) == nullptr;
     const bool made_here =
         (origin != nullptr && origin->time != 0) || ((integers || bits) && result);
@@ -82,7 +86,7 @@ class BasicEncoder {
     const c10::Storage& storage = tensor.storage();
     std::shared_ptr<Stored> source = index_->decoded_from(storage.unsafeGetStorageImpl());
     if (source == nullptr) return nullptr;
-    auto stored = std::make_shared<Decoded>(index_->use(storage), std::move(source));
+    auto stored = std::make_shared<BasicDecoded<T>>(index_->use(storage), std::move(source));
     if (!stored->has(tensor._version(), tensor.scalar_type(), extent)) return nullptr;
     index_->add(stored);
     return stored;
@@ -102,9 +106,9 @@ class BasicEncoder {
   std::shared_ptr<Stored> by(std::shared_ptr<const Payload> payload, const at::Tensor& tensor,
                              const Extent& extent, StoredAs kind, bool borrowed = false) {
     if (payload == nullptr) return nullptr;
-    return std::make_shared<Packed>(index_->use(tensor.storage()), tensor._version(),
-                                    tensor.scalar_type(), extent, std::move(payload), kind,
-                                    borrowed);
+    return std::make_shared<BasicPacked<T>>(index_->use(tensor.storage()), tensor._version(),
+                                            tensor.scalar_type(), extent, std::move(payload), kind,
+                                            borrowed);
   }
   /// For other nodes that save the same values, too.
   std::shared_ptr<Stored> shared(std::shared_ptr<Stored> stored) {
@@ -115,7 +119,7 @@ class BasicEncoder {
   std::shared_ptr<Stored> coded(const at::Tensor& tensor, const Extent& extent, PackFunction pack,
                                 Tape* tape, bool may_rebuild) {
     c10::StorageImpl* const key = tensor.storage().unsafeGetStorageImpl();
-    const Tape::Origin* origin = tape ? tape->origin(key) : nullptr;
+    const auto* origin = tape ? tape->origin(key) : nullptr;
     if (tensor.scalar_type() == at::kBool) return mask(tensor, extent);
     if (origin != nullptr && origin->two_values)
       if (std::shared_ptr<Stored> stored = mask(tensor, extent)) return stored;
@@ -124,7 +128,7 @@ class BasicEncoder {
               rebuild(*tape, *origin, tensor._version(), options_.recompute_depth))
         if (pack != nullptr || stored->exact()) return stored;
     const at::ScalarType dtype = tensor.scalar_type();
-    const Tape::Frame* frame = tape ? tape->frame() : nullptr;
+    const auto* frame = tape ? tape->frame() : nullptr;
     const bool result = frame != nullptr && frame->argument(key) == nullptr;
     if (at::isIntegralType(dtype, /*includeBool=*/false))
       return integers(tensor, extent, result ? frame : nullptr);
@@ -136,7 +140,7 @@ class BasicEncoder {
                        repeats_in_place(*tape, *frame, options_.recompute_depth)))
       if (std::shared_ptr<Stored> stored = sign(tensor, extent, frame->traits->reads_positive))
         return stored;
-    const bool gated = frame != nullptr && frame->traits->gate != OperatorTraits::Gate::kNone;
+    const bool gated = frame != nullptr && frame->traits->gates();
     if (gated && (pack != nullptr || !frame->traits->cheap))
       if (std::shared_ptr<Stored> stored = gate(tensor, extent, *frame)) return stored;
     return pack != nullptr ? packed(tensor, extent, pack, tape) : nullptr;
@@ -186,7 +190,7 @@ class BasicEncoder {
                                  Tape* tape) {
     const c10::Storage& storage = tensor.storage();
     const auto values = static_cast<std::int64_t>(storage.nbytes() / tensor.element_size());
-    const Tape::Origin* origin = tape ? tape->origin(storage.unsafeGetStorageImpl()) : nullptr;
+    const auto* origin = tape ? tape->origin(storage.unsafeGetStorageImpl()) : nullptr;
     // q, k and v are pieces of one storage: it is packed whole, once. Not where parts of it may hold
     // anything, which would spoil the scales of their neighbours.
     if (!extent.dense() && 4 * extent.numel() >= values && origin != nullptr && !origin->assembled)
@@ -204,8 +208,8 @@ class BasicEncoder {
     if (holds_nan) {  // of the tensor itself, or of what lies between its values?
       StorageView view(tensor);
       const Extent own(view);
-      if (!SavedView(stored, std::move(view)).unpack().isfinite().all().item<bool>())
-        return mask(tensor, own);
+      const at::Tensor values = BasicSavedView<T>(stored, std::move(view)).unpack();
+      if (!values.isfinite().all().item<bool>()) return mask(tensor, own);
     }
     return shared(std::move(stored));
   }

@@ -25,8 +25,8 @@ namespace fourfold::inline v0::detail {
 
 /// Indices that max_pool2d_with_indices or max_pool3d_with_indices is about to return, (..., rows,
 /// columns) or with channels last. Null where they fit no byte.
-template <class = void>
-std::shared_ptr<const Payload> pack_pool(const at::Tensor& indices, const Tape::Frame& frame) {
+template <class Frame>
+std::shared_ptr<const Payload> pack_pool(const at::Tensor& indices, const Frame& frame) {
   constexpr std::size_t kInput = 0, kKernel = 1, kStride = 2, kPadding = 3, kDilation = 4;
   if (frame.tensors.empty() || frame.arguments.size() <= kDilation) return nullptr;
   const std::int64_t dims = frame.traits->pools;
@@ -63,8 +63,8 @@ std::shared_ptr<const Payload> pack_pool(const at::Tensor& indices, const Tape::
 /// interval, and stops it elsewhere: hardtanh, relu6, threshold. What passes is asked of that
 /// backward itself, and so are the two values that stand for it: 0 and one that is told apart.
 /// Null where no value is. For its node alone, since these are not the tensor's values.
-template <class = void>
-std::shared_ptr<const Payload> pack_gate(const at::Tensor& values, const Tape::Frame& frame,
+template <class Frame>
+std::shared_ptr<const Payload> pack_gate(const at::Tensor& values, const Frame& frame,
                                          MaskFunction pack_mask) {
   const auto passes = [&](const at::Tensor& of) {
     const at::Tensor one = at::ones({}, of.options()).expand_as(of);

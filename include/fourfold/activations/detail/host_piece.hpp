@@ -14,9 +14,9 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <c10/core/DeviceGuard.h>
-#include <c10/core/TensorImpl.h>
 #include <c10/util/Exception.h>
-#include <fourfold/activations/detail/offload_piece.hpp>
+#include <fourfold/activations/detail/held_elsewhere.hpp>
+#include <fourfold/activations/detail/offload_piece.hpp>  // OffloadCounts
 #include <fourfold/core/place.hpp>
 #include <fourfold/cuda/stream_order.hpp>
 #include <fourfold/torch/operators.hpp>
@@ -84,17 +84,13 @@ struct HostState {
 
 class HostPiece final : public HeldElsewhere {
  public:
-  HostPiece(std::shared_ptr<HostState> state, at::Tensor values, const at::Tensor& source)
+  HostPiece(std::shared_ptr<HostState> state, const at::Tensor& values, const at::Tensor& source)
       : state_(std::move(state)),
-        values_(std::move(values)),
-        numel_(values_.numel()),
-        bytes_(static_cast<std::int64_t>(values_.nbytes())),
-        options_(values_.options()),
-        made_on_(cuda::current_stream(values_.device())) {
-    if (!source.defined()) return;
-    counter_ = source.unsafeGetTensorImpl()->version_counter();
-    version_ = counter_.current_version();
-  }
+        values_(values, source),
+        numel_(values.numel()),
+        bytes_(static_cast<std::int64_t>(values.nbytes())),
+        options_(values.options()),
+        made_on_(cuda::current_stream(values.device())) {}
   ~HostPiece() override {
     const std::lock_guard lock(state_->mutex);
     state_->pieces.erase(number_);
@@ -115,14 +111,9 @@ class HostPiece final : public HeldElsewhere {
     const std::lock_guard lock(state_->mutex);
     const c10::DeviceGuard device(options_.device());
     const auto current = cuda::current_stream(options_.device());
-    at::Tensor out = values_;
-    if (out.defined()) {
-      TORCH_CHECK(!counter_.enabled() || counter_.current_version() == version_,
-                  "one of the variables needed for gradient computation has been modified by an "
-                  "inplace operation after the forward: fourfold had yet to offload a tensor of ",
-                  numel_, " values; it is at version ", counter_.current_version(),
-                  "; expected version ", version_,
-                  " instead. Write to it before backward inside the pipeline's scope only");
+    at::Tensor out;
+    if (values_.here()) {
+      out = values_.get();
       cuda::read_on_current_stream(out.storage(), made_on_);
     } else if (ahead_.defined()) {
       wait(loaded_, current);
@@ -141,19 +132,15 @@ class HostPiece final : public HeldElsewhere {
   void before_write() override {
     at::Tensor gone;
     const std::lock_guard lock(state_->mutex);
-    if (!values_.defined() || !counter_.enabled()) return;
+    if (!values_.borrowed()) return;
     const c10::DeviceGuard device(options_.device());
     if (where_ == Where::kCopying) {
       wait(copied_, cuda::current_stream(options_.device()));  // who writes waits for the copy
       gone = release();
       return;
     }
-    const door::OperatorsPause pause;  // the program's tape is not told of it
-    const c10::NoGradGuard no_grad;
-    const PlaceGuard place(Place::kActivations);
-    values_ = values_.clone();
+    values_.copy();
     made_on_ = cuda::current_stream(options_.device());
-    counter_ = c10::VariableVersion();
   }
 
  private:
@@ -182,7 +169,7 @@ class HostPiece final : public HeldElsewhere {
       return;
     }
     copied_ = state_->side(options_.device()).run(made_on_, [&] {
-      host_.copy_(values_, /*non_blocking=*/true);
+      host_.copy_(values_.unchecked(), /*non_blocking=*/true);
     });
     where_ = Where::kCopying;
     state_->copying_bytes += bytes_;
@@ -193,7 +180,7 @@ class HostPiece final : public HeldElsewhere {
     wait(copied_, made_on_);
     where_ = Where::kHost;
     state_->copying_bytes -= bytes_;
-    return std::exchange(values_, at::Tensor());
+    return values_.take();
   }
   at::Tensor load() {
     const door::OperatorsPause pause;
@@ -229,86 +216,14 @@ class HostPiece final : public HeldElsewhere {
   }
 
   const std::shared_ptr<HostState> state_;
-  at::Tensor values_, host_, ahead_;  // as put; as copied; as brought back
+  PutValues values_;
+  at::Tensor host_, ahead_;  // as copied; as brought back
   const std::int64_t numel_, bytes_;
   const at::TensorOptions options_;
   std::optional<c10::Stream> made_on_, allocated_on_;  // of values_; of ahead_
   std::optional<c10::Event> copied_, loaded_;
-  c10::VariableVersion counter_{c10::VariableVersion::DISABLED};
-  std::uint32_t version_ = 0;
   std::uint64_t number_ = 0;
   Where where_ = Where::kWaiting;
-};
-
-class HostOffloader {
- public:
-  explicit HostOffloader(std::int64_t bytes_in_flight)
-      : state_(std::make_shared<HostState>(bytes_in_flight)) {}
-
-  /// `values`: contiguous, not empty. Nobody may write to them, unless they are `source`'s own and the
-  /// piece is told before.
-  [[nodiscard]] std::shared_ptr<HostPiece> put(const at::Tensor& values,
-                                               const at::Tensor& source = {}) {
-    auto piece = std::make_shared<HostPiece>(state_, values.view({-1}), source);
-    std::vector<at::Tensor> gone;                   // given back after the lock
-    std::vector<std::shared_ptr<HostPiece>> alive;  // likewise
-    bool warn = false;
-    {
-      const std::lock_guard lock(state_->mutex);
-      HostState& s = *state_;
-      piece->number_ = s.next++;
-      s.pieces.emplace(piece->number_, piece);
-      s.waiting.push_back(piece);
-      s.waiting_bytes += piece->bytes_;
-      while (2 * s.waiting_bytes > s.most && !s.waiting.empty())
-        if (auto oldest = take(s.waiting, alive); oldest && oldest->where_ == Where::kWaiting) {
-          oldest->copy();
-          if (oldest->where_ == Where::kCopying) s.copying.push_back(alive.back());
-        }
-      while (s.waiting_bytes + s.copying_bytes > s.most && !s.copying.empty())
-        release_one(gone, alive);
-      warn = std::exchange(s.failed, false) && !std::exchange(warned_, true);
-    }
-    if (warn)
-      TORCH_WARN(
-          "fourfold::Offload: the host has no pinned memory left; saved tensors stay on the "
-          "GPU until it has");
-    return piece;
-  }
-
-  /// Nothing that was put is read from now on by a copy that the program's streams do not wait for.
-  void settle() {
-    std::vector<at::Tensor> gone;
-    std::vector<std::shared_ptr<HostPiece>> alive;
-    const std::lock_guard lock(state_->mutex);
-    while (!state_->copying.empty()) release_one(gone, alive);
-  }
-  [[nodiscard]] OffloadCounts counts() const {
-    const std::lock_guard lock(state_->mutex);
-    OffloadCounts out = state_->counts;
-    out.waiting_bytes = state_->waiting_bytes + state_->copying_bytes;
-    return out;
-  }
-
- private:
-  using Where = HostPiece::Where;
-  using Queue = std::deque<std::weak_ptr<HostPiece>>;
-
-  /// The oldest, which lives until `alive` goes: its destructor takes the lock.
-  static HostPiece* take(Queue& queue, std::vector<std::shared_ptr<HostPiece>>& alive) {
-    std::shared_ptr<HostPiece> piece = queue.front().lock();
-    queue.pop_front();
-    if (piece == nullptr) return nullptr;
-    alive.push_back(std::move(piece));
-    return alive.back().get();
-  }
-  void release_one(std::vector<at::Tensor>& gone, std::vector<std::shared_ptr<HostPiece>>& alive) {
-    HostPiece* const oldest = take(state_->copying, alive);
-    if (oldest != nullptr && oldest->where_ == Where::kCopying) gone.push_back(oldest->release());
-  }
-
-  const std::shared_ptr<HostState> state_;
-  bool warned_ = false;  // under the lock
 };
 
 }  // namespace fourfold::inline v0::detail

@@ -1,14 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
-/// A piece of memory that goes to a file and comes back, and what all pieces share (offloader.hpp).
-#include <ATen/core/grad_mode.h>
+/// A piece of memory that goes to a file and comes back (offloader.hpp).
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
-#include <c10/core/TensorImpl.h>
 #include <c10/util/Exception.h>
+#include <fourfold/activations/detail/held_elsewhere.hpp>
 #include <fourfold/core/place.hpp>
 #include <fourfold/core/unnamed_file.hpp>
-#include <fourfold/torch/operators.hpp>
 
 #include <chrono>
 #include <condition_variable>
@@ -68,22 +66,15 @@ struct OffloadState {
   [[nodiscard]] bool must_write() const { return !to_write.empty() && 2 * pending > most; }
 };
 
-/// Values that are elsewhere, and come back.
-class HeldElsewhere {
- public:
-  virtual ~HeldElsewhere() = default;
-  [[nodiscard]] virtual at::Tensor get() = 0;  ///< flat
-  virtual void before_write() = 0;             ///< what it was put with is about to be written to
-};
-
 class OffloadPiece final : public HeldElsewhere, public std::enable_shared_from_this<OffloadPiece> {
  public:
-  OffloadPiece(std::shared_ptr<OffloadState> state, at::Tensor values)
+  OffloadPiece(std::shared_ptr<OffloadState> state, const at::Tensor& values,
+               const at::Tensor& source)
       : state_(std::move(state)),
-        values_(std::move(values)),
-        numel_(values_.numel()),
-        bytes_(static_cast<std::int64_t>(values_.nbytes())),
-        options_(values_.options()) {}
+        values_(values, source),
+        numel_(values.numel()),
+        bytes_(static_cast<std::int64_t>(values.nbytes())),
+        options_(values.options()) {}
   ~OffloadPiece() override {
     const std::lock_guard lock(state_->mutex);
     state_->pieces.erase(number_);
@@ -100,15 +91,10 @@ class OffloadPiece final : public HeldElsewhere, public std::enable_shared_from_
     std::vector<std::shared_ptr<OffloadPiece>> touched;  // let go after the lock
     std::unique_lock lock(state_->mutex);
     state_->changed.wait(lock, [&] { return where_ != Where::kReading || state_->stopped; });
-    if (values_.defined()) {
-      TORCH_CHECK(!counter_.enabled() || counter_.current_version() == version_,
-                  "one of the variables needed for gradient computation has been modified by an "
-                  "inplace operation after the forward: fourfold had yet to offload a tensor of ",
-                  numel_, " values; it is at version ", counter_.current_version(),
-                  "; expected version ", version_,
-                  " instead. Write to it before backward inside the pipeline's scope only");
+    if (values_.here()) {
+      at::Tensor out = values_.get();
       read_ahead(touched);
-      return values_;
+      return out;
     }
     if (where_ == Where::kReading)  // whoever was to read it has stopped
       where_ = Where::kFile, state_->ahead -= bytes_;
@@ -133,17 +119,7 @@ class OffloadPiece final : public HeldElsewhere, public std::enable_shared_from_
   void before_write() override {
     std::unique_lock lock(state_->mutex);
     state_->changed.wait(lock, [&] { return where_ != Where::kWriting; });
-    if (!values_.defined() || !counter_.enabled()) return;
-    const door::OperatorsPause pause;  // the program's tape is not told of it
-    const c10::NoGradGuard no_grad;
-    const PlaceGuard place(Place::kActivations);
-    values_ = values_.clone();
-    counter_ = c10::VariableVersion();
-  }
-  /// The values are `source`'s own, to be read at its present version alone.
-  void borrows(const at::Tensor& source) {
-    counter_ = source.unsafeGetTensorImpl()->version_counter();
-    version_ = counter_.current_version();
+    if (values_.borrowed()) values_.copy();
   }
 
  private:
@@ -180,11 +156,10 @@ class OffloadPiece final : public HeldElsewhere, public std::enable_shared_from_
   }
 
   const std::shared_ptr<OffloadState> state_;
-  at::Tensor values_, ahead_;  // as put; as read ahead
+  PutValues values_;
+  at::Tensor ahead_;  // as read ahead
   const std::int64_t numel_, bytes_;
   const at::TensorOptions options_;
-  c10::VariableVersion counter_{c10::VariableVersion::DISABLED};
-  std::uint32_t version_ = 0;
   std::uint64_t number_ = 0;
   std::int64_t offset_ = 0;
   Where where_ = Where::kWaiting;

@@ -36,6 +36,7 @@ struct BasicOperatorTraits {
   enum class Gate { kNone, kThreshold, kInterval };
   Gate gate = Gate::kNone;  ///< backward asks whether it lies in an interval: hardtanh
   int pools = 0;            ///< max_pool with indices, of so many dimensions
+  [[nodiscard]] bool gates() const { return gate != Gate::kNone; }
 
   BasicOperatorTraits() = default;
   BasicOperatorTraits(const c10::OperatorHandle& op,

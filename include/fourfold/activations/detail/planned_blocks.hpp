@@ -14,10 +14,13 @@
 namespace fourfold::inline v0::detail {
 
 /// For the scopes of one store, whose tape says where a block's inputs come from.
-template <class = void>
+template <class T = void>
 class BasicPlannedBlocks final : public BlockPlan {
+  using Store = BasicActivationStore<T>;
+  using Tape = BasicTape<T>;
+
  public:
-  explicit BasicPlannedBlocks(std::shared_ptr<ActivationStore> store) : store_(std::move(store)) {}
+  explicit BasicPlannedBlocks(std::shared_ptr<Store> store) : store_(std::move(store)) {}
 
   [[nodiscard]] BlockChoice began(const std::vector<at::Tensor>& inputs) override {
     Tape* const tape = store_->tape();
@@ -58,13 +61,13 @@ class BasicPlannedBlocks final : public BlockPlan {
     if (!is_plain(input) || !at::isFloatingType(input.scalar_type()) || Tape::is_parameter(input))
       return false;
     c10::StorageImpl* const key = input.storage().unsafeGetStorageImpl();
-    const Tape::Origin* const origin = tape.origin(key);
+    const auto* const origin = tape.origin(key);
     const bool made_here = origin != nullptr && origin->time != 0;
     return !store_->holds_small(input) && !tape.index()->is_exact(key) &&
            (made_here || !input.is_leaf());
   }
 
-  const std::shared_ptr<ActivationStore> store_;
+  const std::shared_ptr<Store> store_;
 };
 using PlannedBlocks = BasicPlannedBlocks<>;
 

@@ -15,100 +15,102 @@ namespace fourfold::inline v0::detail {
 
 inline constexpr std::int64_t kMostBytesCloned = 1 << 16;  ///< of an input that nothing holds
 
-template <class = void>
-std::shared_ptr<Stored> rebuild(const Tape& tape, const Tape::Origin& origin, std::int64_t version,
+template <class T>
+std::shared_ptr<Stored> rebuild(const BasicTape<T>& tape,
+                                const typename BasicTape<T>::Origin& origin, std::int64_t version,
                                 int depth);
-template <class = void>
-std::shared_ptr<Rebuilt> rebuild_call(const Tape& tape, const WeakStorage& storage,
-                                      std::shared_ptr<const OperatorCall> call, std::size_t result,
-                                      int depth);
+template <class T>
+std::shared_ptr<BasicRebuilt<T>> rebuild_call(const BasicTape<T>& tape, const WeakStorage& storage,
+                                              std::shared_ptr<const OperatorCall> call,
+                                              std::size_t result, int depth);
 
 /// Whether plain LibTorch would throw too, should the input be written to before backward and out
 /// of our sight: the operator saved its input itself, or the input's own operator did. (Of a copy,
 /// or what is computed, nobody asks.)
-template <class = void>
+template <class Origin>
 bool written_is_an_error(Stored& held, const OperatorCall& call,
-                         const OperatorCall::Argument& argument, const Tape::Origin* origin) {
+                         const OperatorCall::Argument& argument, const Origin* origin) {
   if (held.saved_by(call.time)) return true;
   return argument.requires_grad && origin != nullptr &&
          (held.saved_by(origin->began) || held.saved_by(origin->written));
 }
 
-template <class = void>
-std::optional<Rebuilt::Input> rebuild_input(const Tape& tape, const OperatorCall& call,
-                                            const OperatorCall::Argument& argument, int depth) {
-  if (!argument.tensor) return Rebuilt::Input{argument.constant, nullptr, {}};
+template <class T>
+std::optional<RebuiltInput> rebuild_input(const BasicTape<T>& tape, const OperatorCall& call,
+                                          const OperatorCall::Argument& argument, int depth) {
+  if (!argument.tensor) return RebuiltInput{argument.constant, nullptr, {}};
   if (argument.numel == 0) return std::nullopt;
   if (argument.previous != nullptr) {  // nobody else's, so that it may be written to
     if (depth <= 1) return std::nullopt;
-    std::shared_ptr<Rebuilt> before = rebuild_call(tape, argument.storage, argument.previous,
-                                                   argument.previous_result, depth - 1);
+    auto before = rebuild_call(tape, argument.storage, argument.previous, argument.previous_result,
+                               depth - 1);
     if (before == nullptr) return std::nullopt;
-    return Rebuilt::Input{{}, std::move(before), argument.view};
+    return RebuiltInput{{}, std::move(before), argument.view};
   }
   c10::StorageImpl* const key = argument.storage._unsafe_get_target();
-  const Tape::Origin* origin = tape.origin(key);
+  const auto* origin = tape.origin(key);
   if (!argument.unchanged() || (origin != nullptr && origin->written > call.time))
     return std::nullopt;
   const Extent extent(argument.view);
   std::shared_ptr<Stored> held =
       tape.index()->find(key, argument.version, argument.view.dtype, extent);
-  if (held != nullptr && Rebuilt::depth_of(*held) < depth) {
+  if (held != nullptr && BasicRebuilt<T>::depth_of(*held) < depth) {
     const bool even_kept = written_is_an_error(*held, call, argument, origin);
     if (even_kept || held->kind() != StoredAs::kKept)
-      return Rebuilt::Input{{}, std::move(held), argument.view, even_kept};
+      return RebuiltInput{{}, std::move(held), argument.view, even_kept};
   }
   if (depth > 1 && origin != nullptr && origin->call != nullptr)
     if (std::shared_ptr<Stored> result = rebuild(tape, *origin, argument.version, depth - 1))
-      return Rebuilt::Input{{}, std::move(result), argument.view};
+      return RebuiltInput{{}, std::move(result), argument.view};
   if (argument.bytes <= kMostBytesCloned)
     if (auto alive = argument.storage.lock())
-      return Rebuilt::Input{argument.view.on(c10::Storage(std::move(alive))).clone(), nullptr, {}};
+      return RebuiltInput{argument.view.on(c10::Storage(std::move(alive))).clone(), nullptr, {}};
   return std::nullopt;
 }
 
 /// Null where it must be held.
-template <class>
-std::shared_ptr<Stored> rebuild(const Tape& tape, const Tape::Origin& origin, std::int64_t version,
+template <class T>
+std::shared_ptr<Stored> rebuild(const BasicTape<T>& tape,
+                                const typename BasicTape<T>::Origin& origin, std::int64_t version,
                                 int depth) {
   if (!origin.call->made(origin.result, version) || origin.written > origin.call->time)
     return nullptr;
-  std::shared_ptr<Rebuilt> rebuilt =
-      rebuild_call(tape, origin.storage, origin.call, origin.result, depth);
+  const auto rebuilt = rebuild_call(tape, origin.storage, origin.call, origin.result, depth);
   if (rebuilt != nullptr) tape.index()->add(rebuilt);
   return rebuilt;
 }
 
 /// The same of any call that wrote to `storage`; nobody else knows of it.
-template <class>
-std::shared_ptr<Rebuilt> rebuild_call(const Tape& tape, const WeakStorage& storage,
-                                      std::shared_ptr<const OperatorCall> call, std::size_t result,
-                                      int depth) {
+template <class T>
+std::shared_ptr<BasicRebuilt<T>> rebuild_call(const BasicTape<T>& tape, const WeakStorage& storage,
+                                              std::shared_ptr<const OperatorCall> call,
+                                              std::size_t result, int depth) {
   const std::int64_t bytes =
       call->results[result].values *
       static_cast<std::int64_t>(c10::elementSize(call->results[result].view.dtype));
-  std::vector<Rebuilt::Input> inputs;
+  std::vector<RebuiltInput> inputs;
   inputs.reserve(call->arguments.size());
   std::int64_t cloned = 0;
   for (const OperatorCall::Argument& argument : call->arguments) {
-    std::optional<Rebuilt::Input> input = rebuild_input(tape, *call, argument, depth);
+    std::optional<RebuiltInput> input = rebuild_input(tape, *call, argument, depth);
     if (!input) return nullptr;
     if (argument.tensor && input->stored == nullptr) cloned += argument.bytes;
     inputs.push_back(std::move(*input));
   }
   if (2 * cloned > bytes) return nullptr;
-  auto rebuilt = std::make_shared<Rebuilt>(tape.index()->use(storage, bytes), std::move(call),
-                                           result, std::move(inputs));
+  auto rebuilt = std::make_shared<BasicRebuilt<T>>(tape.index()->use(storage, bytes),
+                                                   std::move(call), result, std::move(inputs));
   rebuilt->depend();
   return rebuilt;
 }
 
 /// Whether what an in-place operator of one tensor writes just now can be computed again, exactly.
-template <class = void>
-bool repeats_in_place(const Tape& tape, const Tape::Frame& frame, int depth) {
+template <class T>
+bool repeats_in_place(const BasicTape<T>& tape, const typename BasicTape<T>::Frame& frame,
+                      int depth) {
   if (!frame.traits->cheap_in_place || frame.call == nullptr || depth <= 1) return false;
   const OperatorCall::Argument& argument = frame.call->arguments.front();
-  const std::shared_ptr<Rebuilt> before =
+  const auto before =
       rebuild_call(tape, argument.storage, argument.previous, argument.previous_result, depth - 1);
   return before != nullptr && before->exact();
 }

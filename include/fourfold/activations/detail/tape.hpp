@@ -40,8 +40,12 @@ inline bool is_plain(const at::Tensor& tensor) {
          tensor.storage().nbytes() > 0;
 }
 
-template <class = void>
+template <class T = void>
 class BasicTape final : public door::OperatorObserver {
+  using Stored = BasicStored<T>;
+  using StorageIndex = BasicStorageIndex<T>;
+  using OperatorTraits = BasicOperatorTraits<T>;
+
  public:
   /// What is known of a storage.
   struct Origin {
@@ -92,8 +96,7 @@ class BasicTape final : public door::OperatorObserver {
       frame.time = index_->tick();
       frame.number = operators_++;
       for (const at::IValue& value : arguments) collect(value, frame.tensors);
-      if (traits.pools > 0 || traits.powers || traits.gate != OperatorTraits::Gate::kNone)
-        frame.arguments = arguments.vec();
+      if (traits.pools > 0 || traits.powers || traits.gates()) frame.arguments = arguments.vec();
       const bool repeats = (traits.cheap || traits.cheap_in_place) && at::GradMode::is_enabled() &&
                            !door::autocasting(traits.casts);
       if (repeats) frame.call = record(op, traits, arguments, frame.time);

@@ -21,31 +21,31 @@ enum class Tolerance {
 };
 
 /// Whether an operator multiplies two tensors neither of which is the model's own.
-template <class = void>
-bool multiplies_activations(const Tape& tape, const Tape::Frame& frame) {
+template <class T>
+bool multiplies_activations(const BasicTape<T>& tape, const typename BasicTape<T>::Frame& frame) {
   std::size_t activations = 0;
   // The first of an addmm's three is added.
   for (std::size_t i = frame.tensors.size() > 2 && frame.traits->adds ? 1 : 0;
        i < frame.tensors.size(); ++i)
-    activations += !Tape::is_parameter(frame.tensors[i]) &&
+    activations += !tape.is_parameter(frame.tensors[i]) &&
                    !tape.index()->is_exact(frame.tensors[i].storage().unsafeGetStorageImpl());
   return activations > 1;
 }
 
 /// Whether pow's derivative has no bound near 0: an exponent below 1, or one that nobody knows.
-template <class = void>
-bool steep(const Tape::Frame& frame) {
+template <class Frame>
+bool steep(const Frame& frame) {
   const at::IValue& exponent = frame.arguments.at(1);
   return !exponent.isScalar() || exponent.toScalar().isComplex() ||
          exponent.toScalar().toDouble() < 1;
 }
 
 /// Of the storage `key`, which the operator that runs just now saves. `tape` may be null.
-template <class = void>
-Tolerance tolerance(const Tape* tape, c10::StorageImpl* key) {
-  const Tape::Frame* const frame = tape != nullptr ? tape->frame() : nullptr;
+template <class T>
+Tolerance tolerance(const BasicTape<T>* tape, c10::StorageImpl* key) {
+  const auto* const frame = tape != nullptr ? tape->frame() : nullptr;
   if (frame == nullptr) return Tolerance::kLow;
-  const OperatorTraits& traits = *frame->traits;
+  const BasicOperatorTraits<T>& traits = *frame->traits;
   if (traits.singular || (traits.powers && steep(*frame))) return Tolerance::kExact;
   if (traits.divides && !frame->tensors.empty() &&
       frame->tensors.back().storage().unsafeGetStorageImpl() == key)

@@ -1,16 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
-/// What codecs would make of a tensor, tried on some of its values: 16 runs of 256, evenly spread.
+/// What codecs would make of a tensor, tried on a few of its values.
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/cat.h>
 #include <ATen/ops/item.h>
+#include <fourfold/plan/detail/spread_runs.hpp>
 #include <fourfold/plan/record.hpp>
 
-#include <algorithm>
 #include <chrono>
 #include <cstddef>
-#include <cstdint>
-#include <vector>
 
 namespace fourfold::inline v0::plan::detail {
 
@@ -23,7 +20,7 @@ class BasicSample {
     if ((means.rungs.empty() && means.sensitive == nullptr) || values.numel() == 0 ||
         (dtype != at::kFloat && dtype != at::kBFloat16 && dtype != at::kHalf))
       return;
-    const at::Tensor some = some_of(values);
+    const at::Tensor some = spread_runs(flat(values));
     const at::Tensor exact = some.to(at::kDouble);
     const double power = exact.square().sum().item<double>();
     const auto estimate = [&](PackFunction pack) {
@@ -47,22 +44,12 @@ class BasicSample {
   [[nodiscard]] double ms_per_byte() const { return bytes_ > 0 ? ms_ / bytes_ : 0; }
 
  private:
-  static constexpr std::int64_t kRuns = 16, kRun = 256;
-
-  [[nodiscard]] static at::Tensor some_of(const at::Tensor& values) {
-    at::Tensor flat = values;
-    if (values.is_non_overlapping_and_dense()) {
-      flat = values.as_strided({values.numel()}, {1});
-    } else {
-      while (flat.dim() > 1) flat = flat.select(0, flat.size(0) / 2);
-    }
-    std::vector<at::Tensor> runs;
-    const std::int64_t run = std::min(kRun, flat.numel());
-    const std::int64_t count = std::min(kRuns, flat.numel() / run);
-    for (std::int64_t i = 0; i < count; ++i)
-      runs.push_back(
-          flat.narrow(0, (flat.numel() - run) * i / std::max<std::int64_t>(count - 1, 1), run));
-    return at::cat(runs);
+  /// (numel), without a copy: of what is not dense, one row.
+  [[nodiscard]] static at::Tensor flat(const at::Tensor& values) {
+    if (values.is_non_overlapping_and_dense()) return values.as_strided({values.numel()}, {1});
+    at::Tensor row = values;
+    while (row.dim() > 1) row = row.select(0, row.size(0) / 2);
+    return row;
   }
 
   double ms_ = 0, bytes_ = 0;
