@@ -61,7 +61,7 @@ auto within_blind(const std::shared_ptr<ActivationStore>& store, Fn&& fn) {
 }
 
 struct Leaves {
-  Tensor x, up, gate, down;
+  Tensor x, up, gate, down, scale;
   explicit Leaves(std::int64_t tokens = 128, std::int64_t width = 32) {
     torch::manual_seed(1);
     x = torch::randn({tokens, width}).requires_grad_();
@@ -69,11 +69,11 @@ struct Leaves {
       return torch::randn(sizes).div_(8).requires_grad_();
     };
     up = weight({width, 4 * width}), gate = weight({width, 4 * width});
-    down = weight({4 * width, width});
+    down = weight({4 * width, width}), scale = weight({4 * width});
   }
   Tensors gradients() const {
     Tensors all;
-    for (const Tensor& leaf : {x, up, gate, down})
+    for (const Tensor& leaf : {x, up, gate, down, scale})
       all.push_back(leaf.grad().defined() ? leaf.grad().clone() : Tensor());
     return all;
   }
@@ -119,6 +119,11 @@ const std::vector<Block>& blocks() {
        [](auto& x, auto& w, auto& made) {
          const Tensor y = torch::dropout(torch::gelu(x.mm(w.up)), 0.25, true);
          return made(), y.mm(w.down);
+       }},
+      {"scaled", true,  // by a parameter, which is saved between what is scaled and the product
+       [](auto& x, auto& w, auto& made) {
+         const Tensor y = torch::gelu(x.mm(w.up)) * w.scale;
+         return made(), torch::addmm(w.scale.narrow(0, 0, x.size(1)), y, w.down);
        }},
       {"saved_twice", false,
        [](auto& x, auto& w, auto& made) {

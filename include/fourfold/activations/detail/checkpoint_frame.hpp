@@ -12,7 +12,6 @@
 ///  5. A recompute stops when the last tensor that is still needed was saved; before it is even made,
 ///     where the packer around would compute it again from what its operator saved.
 ///  6. Backward inside the block works.
-/// Parameters are referenced, as they are outside of a block: the model holds them anyway.
 /// Ownership goes graph node -> Holder -> frame -> packed inputs; frames know holders weakly.
 #include <ATen/core/grad_mode.h>
 #include <ATen/core/Tensor.h>
@@ -70,7 +69,6 @@ class CheckpointFrame final : public door::SavedTensors,
         inputs_.emplace_back();
         continue;
       }
-      if (tensor.has_storage()) input_keys_.push_back(tensor.storage().unsafeGetStorageImpl());
       const bool plain = parent == nullptr || tensor.is_inference();
       inputs_.push_back({plain ? door::saved_reference(tensor)
                                : door::detail::pack_with(*parent, tensor, /*block_input=*/true),
@@ -94,6 +92,7 @@ class CheckpointFrame final : public door::SavedTensors,
     ~FirstRun() {  // also of a block that throws: what it saved may live on in what it kept
       const std::lock_guard lock(frame_.mutex_);
       frame_.complete_ = true;
+      if (frame_.last_.known.result == nullptr) frame_.last_ = {};
       for (std::size_t i = 0; i < inputs_.size(); ++i)
         frame_.inputs_[i].written = version(inputs_[i]) != versions_[i];
     }
@@ -117,17 +116,10 @@ class CheckpointFrame final : public door::SavedTensors,
   std::shared_ptr<door::Saved> pack_attached(const at::Tensor& tensor,
                                              const at::Tensor& attached) override {
     const std::lock_guard lock(mutex_);
-    std::shared_ptr<Holder> holder;  // null: nobody asks for it
-    if (!is_parameter(attached)) {
-      holder = std::make_shared<Holder>(this->shared_from_this(), holders_.size());
-      if (packs()) {
-        last_.known = payloads_->foresee(tensor, attached, last_.known.saver);
-        last_.before = std::exchange(last_.index, holder->index);
-      }
-    }
+    auto holder = std::make_shared<Holder>(this->shared_from_this(), holders_.size());
+    if (packs()) note_last(holder->index, tensor, attached);
     holders_.push_back(holder);
     looks_.emplace_back(tensor, attached, options_.check_determinism);
-    if (holder == nullptr) return door::saved_reference(tensor);
     return holder;
   }
   bool recomputes() const override { return true; }
@@ -142,17 +134,24 @@ class CheckpointFrame final : public door::SavedTensors,
 
   /// Whether the packer around holds what the second run saves; else it is referenced.
   bool packs() const { return payloads_ != nullptr && !options_.reference_recomputed; }
-  bool is_parameter(const at::Tensor& attached) const {
-    if (!door::is_parameter(attached) || !attached.has_storage()) return false;
-    const void* const key = attached.storage().unsafeGetStorageImpl();
-    return std::find(input_keys_.begin(), input_keys_.end(), key) == input_keys_.end();
-  }
 
-  /// The last tensor that is dropped.
+  /// The last tensor that is saved and is no parameter: where its operator made it of what it saved
+  /// itself, the second run may stop there. Parameters are there without a run.
   struct Last {
     std::size_t index = 0, before = 0;  ///< `before`: of the one before it
     door::Foreseen known;
+    std::vector<std::pair<std::size_t, std::shared_ptr<door::Saved>>>
+        parameters;  ///< since `before`
   };
+  void note_last(std::size_t index, const at::Tensor& tensor, const at::Tensor& attached) {
+    if (door::is_parameter(attached)) {
+      last_.parameters.emplace_back(index, door::saved_reference(tensor));
+      return;
+    }
+    last_.known = payloads_->foresee(tensor, attached, last_.known.saver);
+    last_.before = std::exchange(last_.index, index);
+    std::erase_if(last_.parameters, [&](const auto& one) { return one.first < last_.before; });
+  }
 
   /// In the graph, in place of one tensor.
   struct Holder final : door::Saved {
@@ -230,17 +229,22 @@ class CheckpointFrame final : public door::SavedTensors,
       }
       return saved;
     }
-    /// `index` was saved: whether its operator need not run, since all that is needed still is its
-    /// result, and that is computed again.
+    /// `index` was saved: whether its operator need not run, since its result is all that is needed
+    /// beside parameters, and is computed again when it is asked for.
     bool stops_before_last(std::size_t index) {
       const Last& last = frame.last_;
-      if (last.known.result == nullptr || index != last.before || end != last.index + 1 ||
+      if (last.known.result == nullptr || index != last.before || end <= last.index ||
           !frame.options_.early_stop || frame.options_.check_determinism)
         return false;
-      std::shared_ptr<door::Saved> saved = frame.payloads_->pack_foreseen(last.known.result);
+      const std::shared_ptr<door::Saved> saved = frame.payloads_->pack_foreseen(last.known.result);
       if (saved == nullptr) return false;
-      if (const auto holder = frame.holders_[last.index].lock())
-        holder->recomputed.emplace_back(task, std::move(saved));
+      const auto give = [&](std::size_t to, const std::shared_ptr<door::Saved>& one) {
+        const std::shared_ptr<Holder> holder = frame.holders_[to].lock();
+        if (holder != nullptr && (only == nullptr || holder.get() == only))
+          holder->recomputed.emplace_back(task, one);
+      };
+      give(last.index, saved);
+      for (const auto& [parameter, reference] : last.parameters) give(parameter, reference);
       count = end;
       return true;
     }
@@ -347,7 +351,6 @@ class CheckpointFrame final : public door::SavedTensors,
   door::RandomState random_;
   std::shared_ptr<door::SavedTensors> payloads_;  // holds recomputed tensors; null: referenced
   std::vector<Input> inputs_;
-  std::vector<const void*> input_keys_;  // their storages, to compare with in the first run
   std::vector<StateWrites::Written> written_;
 
   std::recursive_mutex
