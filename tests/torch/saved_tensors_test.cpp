@@ -498,10 +498,10 @@ TEST(SavedTensorsEngine, IsTheDefaultEngineOnceInstalled) {
 
 TEST(SavedTensorsEngine, RefusesAnotherAbiNamingBoth) {
   door::detail::saved_tensors_engine();
-  EXPECT_THAT(message_of([] { door::detail::installed_saved_tensors_engine<99>(); }),
-              HasSubstr("saved tensors have door ABI " +
-                        std::to_string(door::detail::kSavedTensorsAbi) +
-                        " where installed and 99 here"));
+  EXPECT_THAT(
+      message_of([] { door::detail::installed_saved_tensors_engine<99>(); }),
+      HasSubstr("saved tensors have door ABI " + std::to_string(door::detail::kSavedTensorsAbi) +
+                " where installed and 99 here"));
 }
 
 struct ForeignEngine : torch::autograd::Engine {
@@ -548,7 +548,7 @@ TEST(SavedTensorsEngine, GraphTasksHaveNumbers) {
   EXPECT_NE(tasks[0], tasks[1]);
 }
 TEST(SavedTensors, ParametersAreLeavesThatAskForGradientsAndViewsOfThem) {
-  const Tensor leaf = torch::randn({4, 2}).requires_grad_(), buffer = torch::randn({4, 2});
+  const at::Tensor leaf = torch::randn({4, 2}).requires_grad_(), buffer = torch::randn({4, 2});
   EXPECT_TRUE(door::is_parameter(leaf));
   EXPECT_TRUE(door::is_parameter(leaf.t()));
   EXPECT_TRUE(door::is_parameter(leaf.t()[0]));
