@@ -48,9 +48,10 @@ class Saved {
 
 /// What a packer knows of a tensor that a checkpoint saves and drops (SavedTensors::foresee).
 struct Foreseen {
-  std::uint64_t saver = 0;  ///< the operator that saves it, by the packer's count; 0: none
-  std::shared_ptr<const void>
-      result;  ///< how to do without it in the second run; null: it must be made
+  /// The operator that saves it, by the packer's count; 0: none.
+  std::uint64_t saver = 0;
+  /// How to do without it in the second run; null: it must be made.
+  std::shared_ptr<const void> result{};
 };
 
 /// What a scope does with the tensors that autograd saves on its thread.

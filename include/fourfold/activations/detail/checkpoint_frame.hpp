@@ -140,8 +140,8 @@ class CheckpointFrame final : public door::SavedTensors,
   struct Last {
     std::size_t index = 0, before = 0;  ///< `before`: of the one before it
     door::Foreseen known;
-    std::vector<std::pair<std::size_t, std::shared_ptr<door::Saved>>>
-        parameters;  ///< since `before`
+    /// Saved since `before`.
+    std::vector<std::pair<std::size_t, std::shared_ptr<door::Saved>>> parameters{};
   };
   void note_last(std::size_t index, const at::Tensor& tensor, const at::Tensor& attached) {
     if (door::is_parameter(attached)) {
