@@ -539,4 +539,16 @@ TEST(SavedTensorsEngine, GraphTasksHaveNumbers) {
   EXPECT_GE(tasks[0], 0);
   EXPECT_NE(tasks[0], tasks[1]);
 }
+TEST(SavedTensors, ParametersAreLeavesThatAskForGradientsAndViewsOfThem) {
+  const at::Tensor leaf = torch::randn({4, 2}).requires_grad_(), buffer = torch::randn({4, 2});
+  EXPECT_TRUE(door::is_parameter(leaf));
+  EXPECT_TRUE(door::is_parameter(leaf.t()));
+  EXPECT_TRUE(door::is_parameter(leaf.t()[0]));
+  EXPECT_FALSE(door::is_parameter(leaf * 1));
+  EXPECT_FALSE(door::is_parameter((leaf * 1).t()));
+  EXPECT_FALSE(door::is_parameter(leaf.detach()));
+  EXPECT_FALSE(door::is_parameter(buffer));
+  EXPECT_FALSE(door::is_parameter(buffer.t()));
+}
+
 }  // namespace

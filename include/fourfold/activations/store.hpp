@@ -42,6 +42,7 @@
 #include <fourfold/activations/detail/ask_plan.hpp>
 #include <fourfold/activations/detail/encoder.hpp>
 #include <fourfold/activations/detail/explain.hpp>
+#include <fourfold/activations/detail/foreseen.hpp>
 #include <fourfold/activations/detail/saved_views.hpp>
 #include <fourfold/activations/detail/tape.hpp>
 #include <fourfold/activations/detail/tolerance.hpp>
@@ -93,6 +94,10 @@ class BasicActivationStore final : public door::SavedTensors,
       const at::Tensor& tensor, const at::Tensor& attached) override;
   [[nodiscard]] inline std::shared_ptr<door::Saved> pack_block_input(
       const at::Tensor& tensor, const at::Tensor& attached) override;
+  [[nodiscard]] inline door::Foreseen foresee(const at::Tensor& tensor, const at::Tensor& attached,
+                                              std::uint64_t maker) override;
+  [[nodiscard]] inline std::shared_ptr<door::Saved> pack_foreseen(
+      const std::shared_ptr<const void>& result) override;
 
   /// What LibTorch would hold: distinct storages, the model's own apart.
   [[nodiscard]] PeakBytes plain_bytes() const { return totals_->plain.bytes(); }
@@ -245,6 +250,37 @@ std::shared_ptr<door::Saved> BasicActivationStore<T>::pack_block_input(const at:
   return hold(tensor, attached, options_.pack_sensitive);
 }
 
+/// A result is foreseen where hold() would have it computed again, were its inputs held.
+template <class T>
+door::Foreseen BasicActivationStore<T>::foresee(const at::Tensor& tensor,
+                                                const at::Tensor& attached, std::uint64_t maker) {
+  const Tape* const tape = this->tape();
+  if (tape == nullptr || tape->frame() == nullptr) return {};
+  door::Foreseen foreseen{.saver = tape->frame()->time};
+  const auto* const origin = detail::fresh_result(*tape, tensor);
+  if (origin == nullptr || origin->call->time != maker || holds_small(tensor) ||
+      encoder_.stays(tensor, attached, tape))
+    return foreseen;
+  const detail::Tolerance tolerance =
+      detail::tolerance(tape, tensor.storage().unsafeGetStorageImpl());
+  const bool may_round = detail::pack_within(tolerance, options_.pack, options_) != nullptr;
+  foreseen.result = std::make_shared<detail::ForeseenResult>(
+      detail::ForeseenResult{origin->call, origin->result, detail::StorageView(tensor), may_round});
+  return foreseen;
+}
+
+template <class T>
+std::shared_ptr<door::Saved> BasicActivationStore<T>::pack_foreseen(
+    const std::shared_ptr<const void>& result) {
+  const Tape* const tape = this->tape();
+  if (tape == nullptr) return nullptr;
+  const door::OperatorsPause pause;
+  const PlaceGuard place(Place::kActivations);
+  const auto& foreseen = *static_cast<const detail::ForeseenResult*>(result.get());
+  const Stored stored = detail::rebuild_foreseen(*tape, foreseen, options_.recompute_depth);
+  return stored != nullptr ? as(stored, foreseen.view) : nullptr;
+}
+
 template <class T>
 std::shared_ptr<door::Saved> BasicActivationStore<T>::hold(const at::Tensor& tensor,
                                                            const at::Tensor& attached,
@@ -252,7 +288,7 @@ std::shared_ptr<door::Saved> BasicActivationStore<T>::hold(const at::Tensor& ten
   const door::OperatorsPause pause;
   if (!detail::is_plain(tensor) || tensor.numel() == 0) return uncounted(tensor, totals_->kept);
   c10::StorageImpl* const key = tensor.storage().unsafeGetStorageImpl();
-  if (Tape::is_parameter(attached) || index_->is_exact(key))
+  if (door::is_parameter(attached) || index_->is_exact(key))
     return uncounted(tensor, totals_->parameters);
   if (!active() && !options_.payload_of) return keep(tensor);
 

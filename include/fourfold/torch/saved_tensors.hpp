@@ -93,4 +93,15 @@ std::shared_ptr<Saved> saved_reference(const at::Tensor& tensor) {
   return std::make_shared<detail::SavedReference<T>>(tensor);
 }
 
+/// Whether the model owns it: a leaf that asks for gradients, or a view of one. `attached`: in the
+/// graph.
+template <class = void>
+bool is_parameter(const at::Tensor& attached) {
+  if (!attached.requires_grad()) return false;
+  if (attached.is_leaf()) return true;
+  if (!attached.is_view()) return false;
+  const at::TensorBase& base = attached._base();
+  return base.requires_grad() && base.is_leaf();
+}
+
 }  // namespace fourfold::door

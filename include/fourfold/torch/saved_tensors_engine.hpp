@@ -46,6 +46,14 @@ class Saved {
   [[nodiscard]] virtual at::Tensor unpack_packed() { return unpack(); }
 };
 
+/// What a packer knows of a tensor that a checkpoint saves and drops (SavedTensors::foresee).
+struct Foreseen {
+  /// The operator that saves it, by the packer's count; 0: none.
+  std::uint64_t saver = 0;
+  /// How to do without it in the second run; null: it must be made.
+  std::shared_ptr<const void> result{};
+};
+
 /// What a scope does with the tensors that autograd saves on its thread.
 class SavedTensors {
  public:
@@ -66,6 +74,21 @@ class SavedTensors {
   [[nodiscard]] virtual std::shared_ptr<Saved> pack_block_input(const at::Tensor& tensor,
                                                                 const at::Tensor& attached) {
     return pack_attached(tensor, attached);
+  }
+  /// For a checkpoint's second run, which may end before an operator whose result would not be held
+  /// but computed again, from what the operator itself saved. Asked in the first run of each tensor;
+  /// `maker`: the saver of the one before, whose result this may be.
+  [[nodiscard]] virtual Foreseen foresee(const at::Tensor& tensor, const at::Tensor& attached,
+                                         std::uint64_t maker) {
+    static_cast<void>(tensor), static_cast<void>(attached), static_cast<void>(maker);
+    return {};
+  }
+  /// In the second run, when the maker has saved the last of its own and has yet to run: in place of
+  /// the tensor of which foresee() returned `result`. Null: the maker must run.
+  [[nodiscard]] virtual std::shared_ptr<Saved> pack_foreseen(
+      const std::shared_ptr<const void>& result) {
+    static_cast<void>(result);
+    return nullptr;
   }
   /// A checkpoint drops what it is given and computes it again later; it says so, and `around` is
   /// who holds payloads in its stead (null: nobody, they are referenced).
@@ -209,7 +232,7 @@ class SavedTensorHooks final : public torch::autograd::SavedVariableHooks {
 };
 
 /// Changes with OpenScope, Saved, SavedTensors and SavedTensorsEngine.
-inline constexpr int kSavedTensorsAbi = 3;
+inline constexpr int kSavedTensorsAbi = 4;
 
 template <class T = void>
 class [[gnu::visibility("default")]] SavedTensorsEngine final : public torch::autograd::Engine {

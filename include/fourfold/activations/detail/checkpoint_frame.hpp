@@ -9,14 +9,15 @@
 ///  3. A recompute starts as if no frame were open; frames that it meets are respected.
 ///  4. Recomputed tensors belong to one backward pass and go as they are unpacked, also under
 ///     retain_graph; a later pass computes again, and so does a second unpack in the same pass.
-///  5. A recompute stops when the last tensor that is still needed was saved.
+///  5. A recompute stops when the last tensor that is still needed was saved; before it is even made,
+///     where the packer around would compute it again from what its operator saved.
 ///  6. Backward inside the block works.
 /// Ownership goes graph node -> Holder -> frame -> packed inputs; frames know holders weakly.
 #include <ATen/core/grad_mode.h>
 #include <ATen/core/Tensor.h>
 #include <c10/core/DeviceGuard.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
-#include <fourfold/core/random.hpp>  // mix
+#include <fourfold/activations/detail/saved_look.hpp>
 #include <fourfold/torch/autocast.hpp>
 #include <fourfold/torch/graph_task.hpp>
 #include <fourfold/torch/operators.hpp>  // OperatorsPause
@@ -26,7 +27,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <cstring>
 #include <functional>
 #include <memory>
 #include <mutex>
@@ -48,48 +48,6 @@ struct CheckpointOptions {
 };
 
 namespace detail {
-
-/// What a saved tensor must look like when it comes again.
-template <class = void>
-struct BasicSavedLook {
-  std::optional<std::vector<std::int64_t>> sizes;  // none: nested
-  at::ScalarType dtype = at::kFloat;
-  at::Device device = at::kCPU;
-  std::optional<std::uint64_t> hash;
-
-  /// `attached` tells apart what is computed (hashed) and a buffer that its operator has yet to
-  /// fill.
-  BasicSavedLook(const at::Tensor& tensor, const at::Tensor& attached, bool with_hash)
-      : dtype(tensor.scalar_type()), device(tensor.device()) {
-    if (!tensor.is_nested()) sizes = tensor.sizes().vec();
-    if (with_hash && tensor.layout() == at::kStrided && sizes && !tensor.is_meta() &&
-        !tensor.is_quantized() && (attached.requires_grad() || !at::isFloatingType(dtype)))
-      hash = hash_of(tensor.detach().cpu().contiguous());
-  }
-  bool operator==(const BasicSavedLook&) const = default;
-
-  [[nodiscard]] std::string text() const {
-    std::ostringstream out;
-    out << dtype;
-    if (sizes) out << at::IntArrayRef(*sizes);
-    out << " on " << device;
-    if (hash) out << " (values hash to " << std::hex << *hash << ")";
-    return out.str();
-  }
-
- private:
-  static std::uint64_t hash_of(const at::Tensor& bytes) {
-    const auto* data = static_cast<const char*>(bytes.const_data_ptr());
-    std::uint64_t hash = bytes.nbytes();
-    for (std::size_t i = 0; i < bytes.nbytes(); i += sizeof(hash)) {
-      std::uint64_t word = 0;
-      std::memcpy(&word, data + i, std::min(sizeof(word), bytes.nbytes() - i));
-      hash = mix(hash ^ word);
-    }
-    return hash;
-  }
-};
-using SavedLook = BasicSavedLook<>;
 
 template <class T>  // void, and compiled where a checkpoint is made
 class CheckpointFrame final : public door::SavedTensors,
@@ -138,6 +96,7 @@ class CheckpointFrame final : public door::SavedTensors,
     ~FirstRun() {  // also of a block that throws: what it saved may live on in what it kept
       const std::lock_guard lock(frame_.mutex_);
       frame_.complete_ = true;
+      if (frame_.last_.known.result == nullptr) frame_.last_ = {};
       for (std::size_t i = 0; i < inputs_.size(); ++i)
         frame_.inputs_[i].written = version(inputs_[i]) != versions_[i];
     }
@@ -162,6 +121,7 @@ class CheckpointFrame final : public door::SavedTensors,
                                              const at::Tensor& attached) override {
     const std::lock_guard lock(mutex_);
     auto holder = std::make_shared<Holder>(this->shared_from_this(), holders_.size());
+    if (packs()) note_last(holder->index, tensor, attached);
     holders_.push_back(holder);
     looks_.emplace_back(tensor, attached, options_.check_determinism);
     return holder;
@@ -175,6 +135,27 @@ class CheckpointFrame final : public door::SavedTensors,
     bool requires_grad = false, leaf = true;
     bool written = false;  // by the block itself: it gets a copy each time
   };
+
+  /// Whether the packer around holds what the second run saves; else it is referenced.
+  bool packs() const { return payloads_ != nullptr && !options_.reference_recomputed; }
+
+  /// The last tensor that is saved and is no parameter: where its operator made it of what it saved
+  /// itself, the second run may stop there. Parameters are there without a run.
+  struct Last {
+    std::size_t index = 0, before = 0;  ///< `before`: of the one before it
+    door::Foreseen known;
+    /// Saved since `before`.
+    std::vector<std::pair<std::size_t, std::shared_ptr<door::Saved>>> parameters{};
+  };
+  void note_last(std::size_t index, const at::Tensor& tensor, const at::Tensor& attached) {
+    if (door::is_parameter(attached)) {
+      last_.parameters.emplace_back(index, door::saved_reference(tensor));
+      return;
+    }
+    last_.known = payloads_->foresee(tensor, attached, last_.known.saver);
+    last_.before = std::exchange(last_.index, index);
+    std::erase_if(last_.parameters, [&](const auto& one) { return one.first < last_.before; });
+  }
 
   /// In the graph, in place of one tensor.
   struct Holder final : door::Saved {
@@ -238,19 +219,38 @@ class CheckpointFrame final : public door::SavedTensors,
         TORCH_CHECK(look == frame.looks_[index], "fourfold::checkpoint: saved tensor ", index,
                     " of a block came back different when the block was computed again: it is ",
                     look.text(), ", its forward saved ", frame.looks_[index].text(), kAdvice);
-        const bool packs = frame.payloads_ != nullptr && !frame.options_.reference_recomputed;
-        saved = packs ? door::detail::pack_with(*frame.payloads_, attached, block_input)
-                      : door::saved_reference(tensor);
+        saved = frame.packs() ? door::detail::pack_with(*frame.payloads_, attached, block_input)
+                              : door::saved_reference(tensor);
         holder->recomputed.emplace_back(task, saved);
       }
       // What has a gradient has its value. What has none may be a buffer that its operator is about
       // to fill (rrelu saves its noise so): let the operator run whose node it belongs to.
       if (!attached.requires_grad()) unfilled = door::nodes_made();
+      if (stops_before_last(index)) throw Stop{};
       if (frame.options_.early_stop && count == end) {
         if (unfilled != door::nodes_made()) throw Stop{};
         stopping = true;
       }
       return saved;
+    }
+    /// `index` was saved: whether its operator need not run, since its result is all that is needed
+    /// beside parameters, and is computed again when it is asked for.
+    bool stops_before_last(std::size_t index) {
+      const Last& last = frame.last_;
+      if (last.known.result == nullptr || index != last.before || end <= last.index ||
+          !frame.options_.early_stop || frame.options_.check_determinism)
+        return false;
+      const std::shared_ptr<door::Saved> saved = frame.payloads_->pack_foreseen(last.known.result);
+      if (saved == nullptr) return false;
+      const auto give = [&](std::size_t to, const std::shared_ptr<door::Saved>& one) {
+        const std::shared_ptr<Holder> holder = frame.holders_[to].lock();
+        if (holder != nullptr && (only == nullptr || holder.get() == only))
+          holder->recomputed.emplace_back(task, one);
+      };
+      give(last.index, saved);
+      for (const auto& [parameter, reference] : last.parameters) give(parameter, reference);
+      count = end;
+      return true;
     }
     bool recomputes() const override { return true; }
     std::shared_ptr<door::SavedTensors> around() const override { return frame.payloads_; }
@@ -316,8 +316,7 @@ class CheckpointFrame final : public door::SavedTensors,
     const c10::OptionalDeviceGuard device(device_);
     const door::RandomStateGuard random(random_);
     const typename StateWrites::Rewind state(written_);
-    const bool packs = payloads_ != nullptr && !options_.reference_recomputed;
-    const std::shared_ptr<void> active = packs ? payloads_->activate() : nullptr;
+    const std::shared_ptr<void> active = packs() ? payloads_->activate() : nullptr;
     struct Depth {
       int& depth = door::detail::saved_tensors_engine().recomputing();
       Depth() { ++depth; }
@@ -363,6 +362,7 @@ class CheckpointFrame final : public door::SavedTensors,
   bool complete_ = false;
   std::vector<std::weak_ptr<Holder>> holders_;
   std::vector<SavedLook> looks_;
+  Last last_;
   std::vector<int> filled_;  // graph tasks for which every live holder was filled
 };
 

@@ -58,7 +58,7 @@ class BasicPlannedBlocks final : public BlockPlan {
 
   /// As the store asks a plan; what it holds as it is would be held anyway.
   [[nodiscard]] bool asked_about(const at::Tensor& input, const Tape& tape) const {
-    if (!is_plain(input) || !at::isFloatingType(input.scalar_type()) || Tape::is_parameter(input))
+    if (!is_plain(input) || !at::isFloatingType(input.scalar_type()) || door::is_parameter(input))
       return false;
     c10::StorageImpl* const key = input.storage().unsafeGetStorageImpl();
     const auto* const origin = tape.origin(key);

@@ -10,6 +10,7 @@
 #include <fourfold/core/pointer_map.hpp>
 #include <fourfold/torch/autocast.hpp>
 #include <fourfold/torch/operators.hpp>
+#include <fourfold/torch/saved_tensors.hpp>  // is_parameter
 
 #include <algorithm>
 #include <cstdint>
@@ -176,15 +177,6 @@ class BasicTape final : public door::OperatorObserver {
   [[nodiscard]] const Origin* origin(c10::StorageImpl* key) const { return origins_.find(key); }
   [[nodiscard]] const std::shared_ptr<StorageIndex>& index() const { return index_; }
 
-  /// Whether the model owns it: a leaf that asks for gradients, or a view of one.
-  static bool is_parameter(const at::Tensor& tensor) {
-    if (!tensor.requires_grad()) return false;
-    if (tensor.is_leaf()) return true;
-    if (!tensor.is_view()) return false;
-    const at::TensorBase& base = tensor._base();
-    return base.requires_grad() && base.is_leaf();
-  }
-
  private:
   static constexpr int kMostWrites = 8;  ///< in place, to one result, that are run again
 
@@ -285,7 +277,7 @@ class BasicTape final : public door::OperatorObserver {
     if (frame.tensors.empty()) return false;
     return std::all_of(frame.tensors.begin(), frame.tensors.end(), [&](const at::Tensor& tensor) {
       return index_->is_exact(tensor.storage().unsafeGetStorageImpl()) ||
-             (frame.traits->copies && is_parameter(tensor));
+             (frame.traits->copies && door::is_parameter(tensor));
     });
   }
 

@@ -27,7 +27,7 @@ bool multiplies_activations(const BasicTape<T>& tape, const typename BasicTape<T
   // The first of an addmm's three is added.
   for (std::size_t i = frame.tensors.size() > 2 && frame.traits->adds ? 1 : 0;
        i < frame.tensors.size(); ++i)
-    activations += !tape.is_parameter(frame.tensors[i]) &&
+    activations += !door::is_parameter(frame.tensors[i]) &&
                    !tape.index()->is_exact(frame.tensors[i].storage().unsafeGetStorageImpl());
   return activations > 1;
 }
