@@ -227,6 +227,35 @@ TEST_F(StoredPayload, ACustomFunctionGetsPlainValues) {
   EXPECT_TRUE(run.x.grad().defined());
 }
 
+/// A custom Function whose gradient was there in its forward, as fused losses have it.
+struct Weighted : torch::autograd::Function<Weighted> {
+  static Tensor forward(torch::autograd::AutogradContext* context, const Tensor& weight,
+                        const Tensor& x) {
+    context->save_for_backward({x});
+    return (weight * x).sum();
+  }
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* context,
+                                                 torch::autograd::variable_list) {
+    return {context->get_saved_variables()[0], Tensor()};
+  }
+};
+TEST_F(StoredPayload, AGradientThatWasSavedMayBeAddedTo) {
+  for (const bool recompute : {false, true}) {
+    const Tensor weight = torch::randn({64, 256}).requires_grad_(), x = torch::randn({64, 256});
+    const auto kept = store(recompute);
+    const Tensor loss = within(kept, [&] { return Weighted::apply(weight, x.tanh()); });
+    loss.backward({}, /*retain_graph=*/true);
+    const Tensor once = weight.grad().clone();
+    for (int times = 2; times < 5; ++times) {
+      loss.backward({}, /*retain_graph=*/true);  // .grad is what was decoded, and is added to
+      EXPECT_TRUE(weight.grad().allclose(times * once, 1e-6, 1e-6)) << recompute << ' ' << times;
+    }
+    weight.grad().zero_();
+    loss.backward();
+    EXPECT_TRUE(weight.grad().equal(once));
+  }
+}
+
 TEST_F(StoredPayload, BackwardOnAnotherThreadAndUnderAutocast) {
   for (const bool autocast : {false, true}) {
     const auto backward = [&](const Tensor& loss) {

@@ -154,16 +154,26 @@ class BasicRebuilt final : public Stored, public std::enable_shared_from_this<Ba
     const std::lock_guard lock(mutex_);
     auto alive = held_ == nullptr ? dense_.lock() : c10::intrusive_ptr<c10::StorageImpl>();
     if (held_ != nullptr || alive) {
+      TORCH_CHECK(
+          held_ == nullptr || !dense_.written(),
+          "one of the variables needed for gradient computation has been modified by an "
+          "inplace operation: fourfold had computed an activation of ",
+          extent_.span,
+          " values again, and what it gave out was written to. Clone what a custom Function "
+          "returns of what it saved");
       c10::Storage shared = held_ != nullptr ? held_->storage() : c10::Storage(std::move(alive));
       cuda::read_on_current_stream(shared, computed_on_);
       return shared;
     }
     note_decoding();
     const at::Tensor values = compute();
-    dense_ = values.storage().getWeakStorageImpl();
-    values.storage().unsafeGetStorageImpl()->set_resizable(false);  // others read it: no result's
+    dense_.set(values.storage());
     note_decoded(values.storage());
     return values.storage();
+  }
+  c10::VariableVersion copy_version() override {
+    const std::lock_guard lock(mutex_);
+    return dense_.version();
   }
   std::int64_t granule() override {
     const std::lock_guard lock(mutex_);
@@ -199,6 +209,7 @@ class BasicRebuilt final : public Stored, public std::enable_shared_from_this<Ba
       try {
         note_decoding();
         values = compute().storage();
+        dense_.set(values);
         note_decoded(values);
       } catch (const c10::Error&) {
         return;  // an input is gone already, and unpacking will say so
@@ -242,7 +253,7 @@ class BasicRebuilt final : public Stored, public std::enable_shared_from_this<Ba
   int depth_ = 1;
   bool exact_ = true;
   std::mutex mutex_;
-  WeakStorage dense_{c10::Storage().getWeakStorageImpl()};
+  DenseCopy dense_;
   std::shared_ptr<HeldStorage> held_;
   std::optional<c10::Stream> computed_on_;
 };

@@ -76,6 +76,32 @@ class BasicHeldStorage {
 };
 using HeldStorage = BasicHeldStorage<>;
 
+/// A dense copy of what is held otherwise, while anybody reads it. A leaf may take it for its gradient
+/// (where a custom Function returns what it saved) and add to that: the copy is none any more then.
+/// Under its owner's lock.
+template <class = void>
+class BasicDenseCopy {
+ public:
+  void set(const c10::Storage& storage) {
+    storage_ = storage.getWeakStorageImpl();
+    storage.unsafeGetStorageImpl()->set_resizable(false);  // others read it: no result's
+    version_ = c10::VariableVersion(0);
+  }
+  [[nodiscard]] c10::intrusive_ptr<c10::StorageImpl> lock() const {
+    return written() ? c10::intrusive_ptr<c10::StorageImpl>() : storage_.lock();
+  }
+  [[nodiscard]] bool expired() const { return storage_.expired(); }
+  [[nodiscard]] bool written() const {
+    return version_.enabled() && version_.current_version() != 0;
+  }
+  [[nodiscard]] const c10::VariableVersion& version() const { return version_; }
+
+ private:
+  WeakStorage storage_{c10::Storage().getWeakStorageImpl()};
+  c10::VariableVersion version_{c10::VariableVersion::DISABLED};
+};
+using DenseCopy = BasicDenseCopy<>;
+
 /// Values of one storage at one version, held somehow. `storage()` may be called by any thread.
 template <class = void>
 class BasicStored {
@@ -92,6 +118,10 @@ class BasicStored {
   /// Dense; its first value is value `first()` of the original storage.
   [[nodiscard]] virtual c10::Storage storage() = 0;
   [[nodiscard]] virtual std::int64_t first() const { return extent_.begin; }
+  /// Of storage()'s tensors: one, so that a write to it is seen by whoever reads it next.
+  [[nodiscard]] virtual c10::VariableVersion copy_version() {
+    return c10::VariableVersion::DISABLED;
+  }
   /// Whether the values come back to the bit.
   [[nodiscard]] virtual bool exact() const = 0;
   [[nodiscard]] virtual StoredAs kind() const = 0;
@@ -110,7 +140,12 @@ class BasicStored {
   }
   [[nodiscard]] virtual at::Device device() const { return at::kCPU; }
 
-  [[nodiscard]] at::Tensor view(const StorageView& view) { return view.on(storage(), first()); }
+  [[nodiscard]] at::Tensor view(const StorageView& view) {
+    const at::Tensor tensor = view.on(storage(), first());
+    if (const auto version = copy_version(); version.enabled())
+      tensor.unsafeGetTensorImpl()->set_version_counter(version);
+    return tensor;
+  }
   [[nodiscard]] bool has(std::int64_t version, at::ScalarType dtype, const Extent& extent) const {
     return version_ == version && dtype_ == dtype && extent_.covers(extent);
   }

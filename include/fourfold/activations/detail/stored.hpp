@@ -38,6 +38,7 @@ class BasicKept final : public Stored {
     return held_->storage();
   }
   std::int64_t first() const override { return 0; }
+  c10::VariableVersion copy_version() override { return counter_; }
   std::int64_t granule() override { return 1; }
   at::Tensor piece(std::int64_t begin, std::int64_t end) override {
     return run_of(storage(), begin, end, dtype_);
@@ -105,12 +106,15 @@ class BasicPacked final : public Stored, public std::enable_shared_from_this<Bas
     }
     if (values.storage().unsafeGetStorageImpl() == use_->key())
       return values.storage();  // as it is
-    dense_ = values.storage().getWeakStorageImpl();
-    values.storage().unsafeGetStorageImpl()->set_resizable(false);  // others read it: no result's
+    dense_.set(values.storage());
     decoded_on_ = cuda::current_stream(values.device());
     note_decoded(values.storage());
     if (extent_.dense()) use_->index()->mark_decoded(values.storage(), weak_from_this());
     return values.storage();
+  }
+  c10::VariableVersion copy_version() override {
+    const std::lock_guard lock(mutex_);
+    return dense_.version();
   }
   std::int64_t granule() override {
     const std::lock_guard lock(mutex_);
@@ -141,7 +145,7 @@ class BasicPacked final : public Stored, public std::enable_shared_from_this<Bas
   const StoredAs kind_;
   const std::int64_t bytes_;
   std::mutex mutex_;
-  WeakStorage dense_{c10::Storage().getWeakStorageImpl()};
+  DenseCopy dense_;
   std::optional<c10::Stream> decoded_on_;
 };
 using Packed = BasicPacked<>;
@@ -156,6 +160,7 @@ class BasicDecoded final : public Stored {
         source_(std::move(source)) {}
 
   c10::Storage storage() override { return source_->storage(); }
+  c10::VariableVersion copy_version() override { return source_->copy_version(); }
   std::int64_t granule() override { return source_->granule(); }
   at::Tensor piece(std::int64_t begin, std::int64_t end) override {
     return source_->piece(begin, end);
