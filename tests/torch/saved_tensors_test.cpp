@@ -539,6 +539,7 @@ TEST(SavedTensorsEngine, GraphTasksHaveNumbers) {
   EXPECT_GE(tasks[0], 0);
   EXPECT_NE(tasks[0], tasks[1]);
 }
+
 TEST(SavedTensors, ParametersAreLeavesThatAskForGradientsAndViewsOfThem) {
   const at::Tensor leaf = torch::randn({4, 2}).requires_grad_(), buffer = torch::randn({4, 2});
   EXPECT_TRUE(door::is_parameter(leaf));
