@@ -148,6 +148,7 @@ class CheckpointFrame final : public door::SavedTensors,
     std::vector<std::pair<std::size_t, std::shared_ptr<door::Saved>>> parameters{};
   };
   void note_last(std::size_t index, const at::Tensor& tensor, const at::Tensor& attached) {
+    const door::OperatorsPause pause;  // the program's operators are counted
     if (door::is_parameter(attached)) {
       last_.parameters.emplace_back(index, door::saved_reference(tensor));
       return;
