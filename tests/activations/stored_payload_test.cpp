@@ -256,6 +256,17 @@ TEST_F(StoredPayload, AGradientThatWasSavedMayBeAddedTo) {
   }
 }
 
+TEST_F(StoredPayload, BackwardInInferenceMode) {
+  for (const bool recompute : {false, true}) {
+    Leaves run;
+    const auto kept = store(recompute);
+    const Tensor loss = within(kept, [&] { return nets()[0].forward(run.x * 1, run.weights); });
+    const c10::InferenceMode inference;
+    loss.backward();
+    EXPECT_TRUE(run.weights[0].grad().defined());
+  }
+}
+
 TEST_F(StoredPayload, BackwardOnAnotherThreadAndUnderAutocast) {
   for (const bool autocast : {false, true}) {
     const auto backward = [&](const Tensor& loss) {

@@ -40,7 +40,7 @@ inline Isa isa() {
 }
 
 /// Every path that this machine can run, the scalar one first.
-template <class T = Isa>  // compiled where it is asked
+template <class T = Isa>  // Isa; so that std::span is compiled where it is asked
 std::span<const T> available_isas() {
   static constexpr std::array<T, 3> all{Isa::kScalar, Isa::kAvx2, Isa::kAvx512};
   return std::span(all).first(static_cast<std::size_t>(isa()) + 1);

@@ -15,6 +15,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <initializer_list>
 #include <memory>
 #include <string>
 #include <vector>
@@ -149,16 +150,9 @@ struct StorageRecord {
     return out;
   }
   [[nodiscard]] std::vector<Span> spans(const Way& way) const {
-    const bool keep = way.kind == Way::Kind::kKeep;
-    const bool whole_copy = way.kind == Way::Kind::kOffload && read_in_pieces();
-    std::vector<Span> out = keep ? std::vector<Span>{kept} : held_as(way);
-    if (keep || whole_copy) append(out, results);
-    if (!keep) append(out, dense);
-    if (whole_copy)
-      out.push_back(whole());
-    else if (!keep)
-      append(out, pieces);
-    return out;
+    if (way.kind == Way::Kind::kKeep) return joined({{kept}, results});
+    if (way.kind == Way::Kind::kOffload && read_in_pieces()) return joined({{whole()}, results});
+    return joined({held_as(way), dense, pieces});
   }
   /// Without a copy of all of it.
   [[nodiscard]] bool read_in_pieces() const { return dense.empty() && !pieces.empty(); }
@@ -166,6 +160,11 @@ struct StorageRecord {
   [[nodiscard]] Span whole() const { return {read_at, kept.last, bytes}; }
   static void append(std::vector<Span>& spans, const std::vector<Span>& more) {
     spans.insert(spans.end(), more.begin(), more.end());
+  }
+  [[nodiscard]] static std::vector<Span> joined(std::initializer_list<std::vector<Span>> parts) {
+    std::vector<Span> out;
+    for (const std::vector<Span>& part : parts) append(out, part);
+    return out;
   }
   [[nodiscard]] std::int64_t coded_bytes(const RungEstimate& by) const {
     const auto values = bytes / static_cast<std::int64_t>(c10::elementSize(dtype));
@@ -216,15 +215,24 @@ struct StepRecord {
     return true;
   }
 
-  /// Whether a storage comes back to the bit, where `held(i)` is how the i-th is held. Then a product
-  /// reads it whole: a sum in pieces would be another one (torch/packed_backward.hpp).
+  /// Whether a storage comes back to the bit, where `held(i)` is how the i-th is held. Then it is read
+  /// whole: a product in pieces would be another sum (torch/packed_backward.hpp).
   template <class Held>
   [[nodiscard]] bool exact(std::size_t storage, const Held& held) const {
-    const Way::Kind kind = held(storage);
-    if (kind != Way::Kind::kRebuild) return kind != Way::Kind::kPack;
-    const std::vector<RebuildSource>& from = storages[storage].sources;
-    return std::all_of(from.begin(), from.end(),
-                       [&](const RebuildSource& one) { return exact(one.item, held); });
+    std::vector<bool> seen(storages.size(),
+                           false);  // one item stands for all versions of a storage
+    std::vector<std::size_t> from{storage};
+    while (!from.empty()) {
+      const std::size_t i = from.back();
+      from.pop_back();
+      if (seen[i]) continue;
+      seen[i] = true;
+      const Way::Kind kind = held(i);
+      if (kind == Way::Kind::kPack) return false;
+      if (kind != Way::Kind::kRebuild) continue;
+      for (const RebuildSource& source : storages[i].sources) from.push_back(source.item);
+    }
+    return true;
   }
 };
 

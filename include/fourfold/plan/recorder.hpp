@@ -108,6 +108,7 @@ class Recorder {
   }
   void read(std::uint32_t item) {
     if (std::exchange(reading_.item, ~std::uint32_t{0}) != item) return;  // of another thread
+    close(record_.storages[item].results, position() - 1);
     for (int p = reading_.since; p < position(); p += 2) {
       const auto most = static_cast<std::size_t>(p);
       if (const std::int64_t more = record_.bytes[most] - record_.bytes[most - 1]; more > 0)
@@ -122,7 +123,6 @@ class Recorder {
     note_read(storage, last);
     close(storage.held, last);
     close(storage.packed, last);
-    close(storage.results, last);
     storage.kept.last = last;
     ended_ = Clock::now();
   }

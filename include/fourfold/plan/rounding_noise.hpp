@@ -39,9 +39,8 @@ RoundingNoise rounding_noise(const at::Tensor& values,
     return out;
   const at::NoGradGuard no_grad;
   const at::Tensor all = values.detach();
-  const at::Tensor some =
-      detail::spread_runs(all.is_non_overlapping_and_dense() ? all.as_strided({all.numel()}, {1})
-                                                             : all.reshape({-1}));
+  const at::Tensor some = detail::spread_runs(
+      all.is_non_overlapping_and_dense() ? all.as_strided({all.numel()}, {1}) : all.reshape({-1}));
   const at::Tensor exact = some.to(at::kDouble);
   const double mean = exact.mean().template item<double>();
   out.square = exact.square().mean().template item<double>();

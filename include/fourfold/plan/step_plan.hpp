@@ -167,6 +167,7 @@ class StepPlan {
     every_block_.reset();
     if (!record_.blocks.empty()) every_block_ = evaluate(problem_, every_block());
     least_measured_ = 0, solved_ = false;
+    measured_.clear();
     curve_.clear();
   }
   void solve_within(std::int64_t most, std::int64_t budget, int notches) {
@@ -233,6 +234,7 @@ class StepPlan {
   }
   static void read_whole(Option& option, const StorageRecord& storage) {
     option.spans.push_back(storage.whole());
+    StorageRecord::append(option.spans, storage.results);
     for (const Span& span : storage.pieces)
       option.spans.push_back({span.first, span.last, -span.bytes});
   }

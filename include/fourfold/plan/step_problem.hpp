@@ -64,11 +64,11 @@ class BasicBlockOptions {
       } else {
         for (const Span& span : one->held)
           out.spans.push_back({std::max(span.first, block_.again), span.last, span.bytes});
-        StorageRecord::append(out.spans, one->dense);
-        if (one->kind == StoredAs::kRebuilt && one->read_in_pieces() && exact(*one, way))
-          out.spans.push_back(one->whole());
-        else
-          StorageRecord::append(out.spans, one->pieces);
+        const bool whole =
+            one->kind == StoredAs::kRebuilt && one->read_in_pieces() && exact(*one, way);
+        const auto reading = whole ? StorageRecord::joined({{one->whole()}, one->results})
+                                   : StorageRecord::joined({one->dense, one->pieces});
+        StorageRecord::append(out.spans, reading);
         out.ms += one->pack_ms + one->unpack_ms;
         out.variance += share(*one) * one->noise(own_way(*one));
       }
@@ -90,15 +90,10 @@ class BasicBlockOptions {
   }
   /// What the second run saves, to the bit.
   [[nodiscard]] bool exact(const StorageRecord& one, const BlockWay& way) const {
-    const auto number = [&](const StorageRecord* of) {
-      return static_cast<std::size_t>(of - record_.storages.data());
-    };
-    return record_.exact(number(&one), [&](std::size_t i) {
-      if (std::find_if(inputs_.begin(), inputs_.end(), [&](const StorageRecord* input) {
-            return number(input) == i;
-          }) != inputs_.end())
-        return way.input;
+    const auto number = static_cast<std::size_t>(&one - record_.storages.data());
+    return record_.exact(number, [&](std::size_t i) {
       const StorageRecord& of = record_.storages[i];
+      if (std::find(inputs_.begin(), inputs_.end(), &of) != inputs_.end()) return way.input;
       return of.kind == StoredAs::kRebuilt ? Way::Kind::kRebuild : own_way(of).kind;
     });
   }
@@ -124,6 +119,8 @@ class BasicBlockOptions {
     return std::max<std::int64_t>(0, *std::max_element(lives.begin(), lives.end()) - lives[0]);
   }
   void add_input(const StorageRecord& input, const BlockWay& way, Option& out) const {
+    const bool plain = way.input != Way::Kind::kPack || way.reference;  // to whoever reads it
+    if (plain && !input.input_alone) StorageRecord::append(out.spans, input.results);
     if (way.input == Way::Kind::kKeep) {
       if (input.kind != StoredAs::kKept || input.input_alone)
         out.spans.push_back({input.kept.first, end_, input.bytes});

@@ -83,8 +83,8 @@ class SavedTensors {
     static_cast<void>(tensor), static_cast<void>(attached), static_cast<void>(maker);
     return {};
   }
-  /// In the second run, when the maker has saved the last of its own and has yet to run: in place of
-  /// the tensor of which foresee() returned `result`. Null: the maker must run.
+  /// In the second run, when the maker has saved the last of its own: what stands for the tensor of
+  /// which foresee() returned `result`, computed of that. Null: the run must go on.
   [[nodiscard]] virtual std::shared_ptr<Saved> pack_foreseen(
       const std::shared_ptr<const void>& result) {
     static_cast<void>(result);

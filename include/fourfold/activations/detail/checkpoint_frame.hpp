@@ -140,7 +140,8 @@ class CheckpointFrame final : public door::SavedTensors,
   bool packs() const { return payloads_ != nullptr && !options_.reference_recomputed; }
 
   /// The last tensor that is saved and is no parameter: where its operator made it of what it saved
-  /// itself, the second run may stop there. Parameters are there without a run.
+  /// itself, the second run may stop there. Parameters that are saved after it are there without a
+  /// run (of a leaf that the block itself made, a copy lives as long as the block's graph).
   struct Last {
     std::size_t index = 0, before = 0;  ///< `before`: of the one before it
     door::Foreseen known;
@@ -227,16 +228,16 @@ class CheckpointFrame final : public door::SavedTensors,
       // What has a gradient has its value. What has none may be a buffer that its operator is about
       // to fill (rrelu saves its noise so): let the operator run whose node it belongs to.
       if (!attached.requires_grad()) unfilled = door::nodes_made();
-      if (stops_before_last(index)) throw Stop{};
+      if (give_last(index)) throw Stop{};
       if (frame.options_.early_stop && count == end) {
         if (unfilled != door::nodes_made()) throw Stop{};
         stopping = true;
       }
       return saved;
     }
-    /// `index` was saved: whether its operator need not run, since its result is all that is needed
-    /// beside parameters, and is computed again when it is asked for.
-    bool stops_before_last(std::size_t index) {
+    /// `index` was saved. Where its operator's result is all that is still needed, beside parameters:
+    /// hands these out, the result to be computed when it is asked for. False: the run must go on.
+    bool give_last(std::size_t index) {
       const Last& last = frame.last_;
       if (last.known.result == nullptr || index != last.before || end <= last.index ||
           !frame.options_.early_stop || frame.options_.check_determinism)

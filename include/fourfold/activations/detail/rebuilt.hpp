@@ -150,7 +150,7 @@ class BasicRebuilt final : public Stored, public std::enable_shared_from_this<Ba
         static_cast<Kept&>(*input.stored).add_dependent(weak_from_this());
   }
 
-  c10::Storage storage() override {
+  Stored::Copy copy() override {
     const std::lock_guard lock(mutex_);
     auto alive = held_ == nullptr ? dense_.lock() : c10::intrusive_ptr<c10::StorageImpl>();
     if (held_ != nullptr || alive) {
@@ -163,17 +163,13 @@ class BasicRebuilt final : public Stored, public std::enable_shared_from_this<Ba
           "returns of what it saved");
       c10::Storage shared = held_ != nullptr ? held_->storage() : c10::Storage(std::move(alive));
       cuda::read_on_current_stream(shared, computed_on_);
-      return shared;
+      return {std::move(shared), dense_.version()};
     }
     note_decoding();
     const at::Tensor values = compute();
     dense_.set(values.storage());
     note_decoded(values.storage());
-    return values.storage();
-  }
-  c10::VariableVersion copy_version() override {
-    const std::lock_guard lock(mutex_);
-    return dense_.version();
+    return {values.storage(), dense_.version()};
   }
   std::int64_t granule() override {
     const std::lock_guard lock(mutex_);

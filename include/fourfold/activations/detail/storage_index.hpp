@@ -102,7 +102,7 @@ class BasicDenseCopy {
 };
 using DenseCopy = BasicDenseCopy<>;
 
-/// Values of one storage at one version, held somehow. `storage()` may be called by any thread.
+/// Values of one storage at one version, held somehow. `copy()` may be called by any thread.
 template <class = void>
 class BasicStored {
  public:
@@ -115,13 +115,15 @@ class BasicStored {
   BasicStored(const BasicStored&) = delete;
   BasicStored& operator=(const BasicStored&) = delete;
 
-  /// Dense; its first value is value `first()` of the original storage.
-  [[nodiscard]] virtual c10::Storage storage() = 0;
+  /// Dense; its first value is value `first()` of the original storage. All its tensors have one
+  /// version, so that a write to it is seen by whoever reads it next.
+  struct Copy {
+    c10::Storage storage;
+    c10::VariableVersion version;
+  };
+  [[nodiscard]] virtual Copy copy() = 0;
+  [[nodiscard]] c10::Storage storage() { return copy().storage; }
   [[nodiscard]] virtual std::int64_t first() const { return extent_.begin; }
-  /// Of storage()'s tensors: one, so that a write to it is seen by whoever reads it next.
-  [[nodiscard]] virtual c10::VariableVersion copy_version() {
-    return c10::VariableVersion::DISABLED;
-  }
   /// Whether the values come back to the bit.
   [[nodiscard]] virtual bool exact() const = 0;
   [[nodiscard]] virtual StoredAs kind() const = 0;
@@ -141,9 +143,10 @@ class BasicStored {
   [[nodiscard]] virtual at::Device device() const { return at::kCPU; }
 
   [[nodiscard]] at::Tensor view(const StorageView& view) {
-    const at::Tensor tensor = view.on(storage(), first());
-    if (const auto version = copy_version(); version.enabled())
-      tensor.unsafeGetTensorImpl()->set_version_counter(version);
+    const Copy values = copy();
+    const at::Tensor tensor = view.on(values.storage, first());
+    if (values.version.enabled() && !tensor.is_inference())
+      tensor.unsafeGetTensorImpl()->set_version_counter(values.version);
     return tensor;
   }
   [[nodiscard]] bool has(std::int64_t version, at::ScalarType dtype, const Extent& extent) const {

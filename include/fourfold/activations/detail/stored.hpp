@@ -27,7 +27,7 @@ class BasicKept final : public Stored {
         held_(use_->index()->hold(*use_, tensor.storage())),
         counter_(tensor.unsafeGetTensorImpl()->version_counter()) {}
 
-  c10::Storage storage() override {
+  Stored::Copy copy() override {
     TORCH_CHECK(counter_.current_version() == version_,
                 "one of the variables needed for gradient computation has been modified by an "
                 "inplace operation after the forward: fourfold needs a tensor that was saved, of ",
@@ -35,10 +35,9 @@ class BasicKept final : public Stored {
                 counter_.current_version(), "; expected version ", version_,
                 " instead. Write to it before backward inside the pipeline's scope only, or keep "
                 "this activation (no Recompute for its operator)");
-    return held_->storage();
+    return {held_->storage(), counter_};
   }
   std::int64_t first() const override { return 0; }
-  c10::VariableVersion copy_version() override { return counter_; }
   std::int64_t granule() override { return 1; }
   at::Tensor piece(std::int64_t begin, std::int64_t end) override {
     return run_of(storage(), begin, end, dtype_);
@@ -86,12 +85,12 @@ class BasicPacked final : public Stored, public std::enable_shared_from_this<Bas
   }
   ~BasicPacked() override { use_->index()->totals().held.add(-bytes_); }
 
-  c10::Storage storage() override {
+  Stored::Copy copy() override {
     const std::lock_guard lock(mutex_);
     if (auto alive = dense_.lock()) {
       c10::Storage shared(std::move(alive));
       cuda::read_on_current_stream(shared, decoded_on_);
-      return shared;
+      return {std::move(shared), dense_.version()};
     }
     const door::OperatorsPause pause;
     note_decoding();
@@ -105,16 +104,12 @@ class BasicPacked final : public Stored, public std::enable_shared_from_this<Bas
       values = around;
     }
     if (values.storage().unsafeGetStorageImpl() == use_->key())
-      return values.storage();  // as it is
+      return {values.storage(), c10::VariableVersion::DISABLED};  // as it is
     dense_.set(values.storage());
     decoded_on_ = cuda::current_stream(values.device());
     note_decoded(values.storage());
     if (extent_.dense()) use_->index()->mark_decoded(values.storage(), weak_from_this());
-    return values.storage();
-  }
-  c10::VariableVersion copy_version() override {
-    const std::lock_guard lock(mutex_);
-    return dense_.version();
+    return {values.storage(), dense_.version()};
   }
   std::int64_t granule() override {
     const std::lock_guard lock(mutex_);
@@ -159,8 +154,7 @@ class BasicDecoded final : public Stored {
                Extent::whole(source->extent().span)),
         source_(std::move(source)) {}
 
-  c10::Storage storage() override { return source_->storage(); }
-  c10::VariableVersion copy_version() override { return source_->copy_version(); }
+  Stored::Copy copy() override { return source_->copy(); }
   std::int64_t granule() override { return source_->granule(); }
   at::Tensor piece(std::int64_t begin, std::int64_t end) override {
     return source_->piece(begin, end);
