@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <fourfold/optim/adamw.hpp>
+#include <fourfold/optim/factored.hpp>
 #include <fourfold/optim/offload.hpp>
 #include <fourfold/optim/save.hpp>
 #include <tests/optim/rule_checks.hpp>
@@ -124,16 +125,20 @@ void expect_training_to_go_on_elsewhere(const std::string& path, at::ScalarType 
   train(second, parted, 5, 9);
   EXPECT_TRUE(parted.equal(whole));
 }
+/// With every codec of moments, and of what is kept of bf16 weights.
 TEST_F(SaveOptimizer, AnotherProcessGoesOnBitForBit) {
   using fourfold::Int4;
   using namespace fourfold::optim;
   for (const StateOptions& states :
        {StateOptions{}, StateOptions{.offload = fourfold::on_file()}}) {
-    expect_training_to_go_on_elsewhere<AdamWOf<Int8>>(path_, at::kFloat, states);
-    expect_training_to_go_on_elsewhere<AdamWOf<Int4, RoundStochastic>>(path_, at::kBFloat16,
-                                                                       states);
-    expect_training_to_go_on_elsewhere<AdamWOf<Fp32, ErrorCorrection<8>>>(path_, at::kBFloat16,
-                                                                          states);
+    const auto expect = [&]<class... Optimizers>(at::ScalarType dtype) {
+      (expect_training_to_go_on_elsewhere<Optimizers>(path_, dtype, states), ...);
+    };
+    expect.operator()<AdamWOf<Fp32>, AdamWOf<BFloat16>, AdamWOf<Int8>, AdamWOf<Int4>,
+                      AdamW<Normal4, Factored>>(at::kFloat);
+    expect.operator()<AdamWOf<Int8, RoundNearest>, AdamWOf<Int4, RoundStochastic>,
+                      AdamWOf<Fp32, ErrorCorrection<8>>, AdamWOf<Int4, ErrorCorrection<16>>,
+                      AdamWOf<BFloat16, Kahan>, AdamWOf<Int8, Fp32>>(at::kBFloat16);
   }
 }
 
