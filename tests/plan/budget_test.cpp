@@ -235,6 +235,10 @@ TEST(Budget, BelowTheLeastIsRefusedAndTheLeastIsNamed) {
   const std::string refused = message_of([&] { step(pipeline, model); });
   EXPECT_THAT(refused, HasSubstr("cannot be met: a step of this model needs at least " +
                                  std::to_string(least) + " bytes"));
+  EXPECT_EQ(pipeline.plan().least, least);
+  std::ostringstream printed;
+  printed << pipeline.plan();
+  EXPECT_THAT(printed.str(), HasSubstr("the last step was refused, for it needs"));
   const std::int64_t held = Meter().bytes().current;
   // What it names is enough, and nothing is left of the forward that was refused.
   pipeline.set_budget(least);

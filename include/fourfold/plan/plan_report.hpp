@@ -123,6 +123,9 @@ inline std::ostream& operator<<(std::ostream& out, const PlanReport& plan) {
   out << "budget " << mib(plan.budget) << " MiB";
   if (plan.least == 0)
     return out << ": no step was recorded yet; the first one that saves anything is\n";
+  if (plan.rows.empty() && plan.least > plan.budget)
+    return out << ": the last step was refused, for it needs " << mib(plan.least)
+               << " MiB; the next one is recorded anew\n";
   out << ", the least that can be met is " << mib(plan.least) << "; last step "
       << mib(plan.last.peak);
   if (plan.last.predicted > 0) out << ", predicted " << mib(plan.last.predicted);

@@ -109,6 +109,7 @@ class Planner final : public SavedPlan {
     const std::lock_guard lock(mutex_);
     if (step_ != nullptr && !step_->alive()) conclude();
     PlanReport out{.budget = options_.budget, .last = last_, .notches = notches_};
+    out.least = refused_;
     if (plan_ == nullptr) return out;
     out.fill(*plan_);
     return out;
@@ -228,6 +229,7 @@ class Planner final : public SavedPlan {
     if (plan->least() > room) {
       std::erase(plans_, plan);
       if (plan_ == plan) plan_ = nullptr;
+      refused_ = base + plan->least();
       const auto mib = [](std::int64_t bytes) { return fourfold::detail::mib(bytes); };
       TORCH_CHECK(false, "fourfold: a budget of ", options_.budget, " bytes (",
                   mib(options_.budget), " MiB) cannot be met: a step of this model needs at least ",
@@ -236,7 +238,7 @@ class Planner final : public SavedPlan {
                   " MiB: weights, states and what else the process holds) live before it begins; "
                   "give that much, or a smaller batch, or policies that hold less");
     }
-    plan_ = plan;
+    plan_ = plan, refused_ = 0;
     plan_->choose(room, options_.budget, notches_);
     known_.resize(plan_->record().storages.size());
     for (std::size_t i = 0; i < known_.size(); ++i) known_[i] = !plan_->expects(i);
@@ -316,6 +318,7 @@ class Planner final : public SavedPlan {
   std::int64_t unknown_bytes_ = 0;
   bool recording_ = false, record_next_ = false;
   int notches_ = 0;
+  std::int64_t refused_ = 0;  // what the step that was refused last needs; 0: none was
   StepBytes last_;
 };
 

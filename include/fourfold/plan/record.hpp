@@ -16,6 +16,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <initializer_list>
+#include <iterator>
 #include <memory>
 #include <string>
 #include <vector>
@@ -151,13 +152,20 @@ struct StorageRecord {
   }
   [[nodiscard]] std::vector<Span> spans(const Way& way) const {
     if (way.kind == Way::Kind::kKeep) return joined({{kept}, results});
-    if (way.kind == Way::Kind::kOffload && read_in_pieces()) return joined({{whole()}, results});
+    if (way.kind == Way::Kind::kOffload && read_in_pieces()) return joined({whole(), results});
     return joined({held_as(way), dense, pieces});
   }
   /// Without a copy of all of it.
   [[nodiscard]] bool read_in_pieces() const { return dense.empty() && !pieces.empty(); }
-  /// The copy that it needs where it is not.
-  [[nodiscard]] Span whole() const { return {read_at, kept.last, bytes}; }
+  /// The copy that it needs where it is not, from the event before it was read: a node unpacks all
+  /// that it reads before it computes anything. What is computed again needs as much for each source
+  /// and for what lies between, when the node begins.
+  [[nodiscard]] std::vector<Span> whole() const {
+    std::vector<Span> out{{std::max(read_at - 2, 0), kept.last, bytes}};
+    const int begins = std::max(read_at - 3, 0);
+    if (!sources.empty()) out.push_back({begins, begins, (1 + std::ssize(sources)) * bytes});
+    return out;
+  }
   static void append(std::vector<Span>& spans, const std::vector<Span>& more) {
     spans.insert(spans.end(), more.begin(), more.end());
   }

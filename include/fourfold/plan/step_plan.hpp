@@ -233,8 +233,7 @@ class StepPlan {
            });
   }
   static void read_whole(Option& option, const StorageRecord& storage) {
-    option.spans.push_back(storage.whole());
-    StorageRecord::append(option.spans, storage.results);
+    StorageRecord::append(option.spans, StorageRecord::joined({storage.whole(), storage.results}));
     for (const Span& span : storage.pieces)
       option.spans.push_back({span.first, span.last, -span.bytes});
   }

@@ -66,7 +66,7 @@ class BasicBlockOptions {
           out.spans.push_back({std::max(span.first, block_.again), span.last, span.bytes});
         const bool whole =
             one->kind == StoredAs::kRebuilt && one->read_in_pieces() && exact(*one, way);
-        const auto reading = whole ? StorageRecord::joined({{one->whole()}, one->results})
+        const auto reading = whole ? StorageRecord::joined({one->whole(), one->results})
                                    : StorageRecord::joined({one->dense, one->pieces});
         StorageRecord::append(out.spans, reading);
         out.ms += one->pack_ms + one->unpack_ms;
