@@ -26,7 +26,8 @@ namespace {
 using namespace fourfold::literals;
 using fourfold::Activations, fourfold::Budget, fourfold::CheapOps, fourfold::CompressionPipeline,
     fourfold::Int4, fourfold::Int8, fourfold::Meter, fourfold::PlanOptions, fourfold::Recompute;
-using plan_tests::Case, plan_tests::kNoLimit, plan_tests::seeded, plan_tests::step;
+using plan_tests::Case, plan_tests::expect_obeyed, plan_tests::kNoLimit, plan_tests::seeded,
+    plan_tests::step;
 using ::testing::AnyOf, ::testing::HasSubstr;
 namespace nn = torch::nn;
 
@@ -98,15 +99,8 @@ void expect_budgets_obeyed(const std::function<Case()>& make) {
   double cost_before = std::numeric_limits<double>::infinity();
   for (int i = 0; i <= 6; ++i) {
     const std::int64_t budget = least + (plain - least) * i / 6 + plain / 50;
-    pipeline.set_budget(budget);
-    for (int steps = 0; steps < 4; ++steps) {
-      const std::int64_t peak = step(pipeline, model);
-      const auto plan = pipeline.plan();
-      EXPECT_LE(peak, budget) << i << ", step " << steps;
-      EXPECT_EQ(plan.last.peak, peak);
-      EXPECT_NEAR(static_cast<double>(plan.last.predicted), peak, 0.03 * peak) << i << ' ' << steps;
-      EXPECT_LE(plan.variance, 0.1);
-    }
+    SCOPED_TRACE(i);
+    expect_obeyed(pipeline, model, budget);
     const auto plan = pipeline.plan();
     std::printf("%s: budget %ld peak %ld predicted %ld (plain %ld, least %ld) ms %.3f\n",
                 model.name.c_str(), budget, plan.last.peak, plan.last.predicted, plain, least,
@@ -266,12 +260,8 @@ TEST(Budget, TheLeastIsMetWhereBackwardReadsInPieces) {
   const std::int64_t least = pipeline.plan().least;
   for (const double share : {0.0, 0.1, 0.3}) {
     const auto budget = static_cast<std::int64_t>(static_cast<double>(least) * (1 + share));
-    pipeline.set_budget(budget);
-    for (int i = 0; i < 3; ++i) {
-      const std::int64_t peak = step(pipeline, model);
-      EXPECT_LE(peak, budget) << share << ", step " << i;
-      EXPECT_NEAR(static_cast<double>(pipeline.plan().last.predicted), peak, 0.01 * peak) << share;
-    }
+    SCOPED_TRACE(share);
+    expect_obeyed(pipeline, model, budget, /*steps=*/3, /*within=*/0.01);
   }
 }
 

@@ -6,6 +6,7 @@
 
 #include "../pipeline/models.hpp"
 
+#include <gtest/gtest.h>
 #include <torch/torch.h>
 
 #include <cstdint>
@@ -34,6 +35,21 @@ std::int64_t step(Pipeline& pipeline, const Case& model) {
   meter.restart_peak();
   pipeline.forward(model.loss).backward();
   return meter.bytes().peak;
+}
+
+/// From its first step on, under a budget; `within`: the prediction's error, as a share of the peak.
+template <class Pipeline>
+void expect_obeyed(Pipeline& pipeline, const Case& model, std::int64_t budget, int steps = 4,
+                   double within = 0.03) {
+  pipeline.set_budget(budget);
+  for (int i = 0; i < steps; ++i) {
+    const std::int64_t peak = step(pipeline, model);
+    const auto plan = pipeline.plan();
+    EXPECT_LE(peak, budget) << "step " << i;
+    EXPECT_EQ(plan.last.peak, peak);
+    EXPECT_NEAR(static_cast<double>(plan.last.predicted), peak, within * peak) << "step " << i;
+    EXPECT_LE(plan.variance, 0.1);
+  }
 }
 
 }  // namespace plan_tests
